@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinprune.errors import UnitError
 from kinprune.units.axes import Axes
+from kinprune.units.shapes import run
 
 DATA = "a dimension of the images or of the network's grid"
 
@@ -146,7 +147,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         call = Call(self, func, name, args, kwargs)
-        call.result = func(*args, **kwargs)
+        call.result = run(func, name, args, kwargs)
         outputs = [item for item in _flat(call.result) if isinstance(item, Tensor)]
         if outputs:
             self._record(call, outputs)
@@ -280,8 +281,9 @@ class ShapeRecorder(TorchDispatchMode):
         self.steps: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        result = run(func, name, args, kwargs or {})
         shapes = tuple(tuple(item.shape) for item in _flat(result) if isinstance(item, Tensor))
         if shapes:
-            self.steps.append((func._schema.name.removeprefix("aten::"), shapes))
+            self.steps.append((name, shapes))
         return result

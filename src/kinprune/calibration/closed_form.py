@@ -1,0 +1,125 @@
+"""The closed-form start of an extracted model: reconstruction, batch norm and head, without a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from kinprune.calibration.batch_norm import reestimate_batch_norm
+from kinprune.calibration.head import HeadMethod, HeadSolution, solve_head
+from kinprune.calibration.reconstruction import LayerReconstruction, reconstruct
+from kinprune.calibration.residual import ReconstructionLayer
+from kinprune.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """What the closed-form start did, and the seconds each part took over all the starts that were tried.
+
+    ``head`` holds the leave-one-out accuracy and loss of the model as it was left. ``reconstructed`` says whether the
+    reconstruction was kept, and ``layers`` what it did to each layer, kept or not; ``batch_norms`` is the number of
+    batch norms counted again in the model as it was left.
+    """
+
+    head: HeadSolution
+    batch_norms: int
+    reconstructed: bool
+    layers: tuple[LayerReconstruction, ...]
+    seconds_reconstruction: float
+    seconds_batch_norm: float
+    seconds_head: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    head: HeadSolution
+    norms: int
+    reconstructed: bool
+    state: dict[str, Tensor]
+
+
+def closed_form(
+    model: nn.Module,
+    head: str,
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    preprocessing: Preprocessing,
+    *,
+    dense: nn.Module | None = None,
+    layers: Sequence[str | ReconstructionLayer] = (),
+    method: HeadMethod = "ridge",
+    seed: int = 0,
+) -> ClosedForm:
+    """Bring an extracted model as far as it gets without a step: reconstruct, count batch norm again, solve the head.
+
+    ``layers`` are reconstructed towards ``dense`` where both are given. Neither that nor other batch norm statistics
+    serve every task, so each is done and left out in turn and the start of lowest leave-one-out cross-entropy of its
+    head stays; where there is none (one image a class), that is the reconstructed one with the statistics it had.
+    ``images`` are uint8 ``[n, 3, h, w]`` and ``labels`` int64 ``[n]``: leave out those that are to guard a
+    fine-tuning. The leave-one-out figures know nothing of the images' part in the reconstruction, and flatter it a
+    little. Works in place.
+    """
+    starts: list[_Start] = []
+    seconds = {"reconstruction": 0.0, "batch_norm": 0.0, "head": 0.0}
+    solved: tuple[LayerReconstruction, ...] = ()
+
+    def try_starts(reconstructed: bool) -> None:
+        for counted in (False, True):
+            norms = 0
+            if counted:
+                with _timed(seconds, "batch_norm"):
+                    norms = reestimate_batch_norm(model, images, preprocessing, seed=seed)
+                if not norms:
+                    return
+            with _timed(seconds, "head"):
+                solution = solve_head(model, head, images, labels, num_classes, preprocessing, method=method)
+            starts.append(_Start(solution, norms, reconstructed, _state(model)))
+
+    original = _state(model)
+    try_starts(reconstructed=False)
+    if dense is not None and layers:
+        _restore(model, original)
+        with _timed(seconds, "reconstruction"):
+            solved = reconstruct(model, dense, layers, images, preprocessing, seed=seed)
+        try_starts(reconstructed=True)
+    best = min(starts, key=_worth)
+    _restore(model, best.state)
+    return ClosedForm(
+        best.head,
+        best.norms,
+        best.reconstructed,
+        solved,
+        seconds["reconstruction"],
+        seconds["batch_norm"],
+        seconds["head"],
+    )
+
+
+def _worth(start: _Start) -> tuple[float, bool, bool]:
+    loss = 0.0 if start.head.loss is None else start.head.loss
+    return loss, not start.reconstructed, start.norms > 0
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = perf_counter()
+    yield
+    seconds[part] += perf_counter() - start
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the tensors back, but for those of a head whose width has changed: it is solved again."""
+    for name, tensor in model.state_dict().items():
+        if tensor.shape == state[name].shape:
+            tensor.copy_(state[name])
