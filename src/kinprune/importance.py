@@ -7,7 +7,7 @@ weights there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -102,14 +102,15 @@ def batch_norm_scale(model: nn.Module, space: UnitSpace) -> Scores:
 
 
 def activation(model: nn.Module, space: UnitSpace, batches: Iterable[Batch]) -> Scores:
-    """Mean absolute input that a unit gives to the layers that take it in."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for group in space.groups:
-        for name, dimension in group.tensors("consumes"):
-            wanted[name.rpartition(".")[0]] = (dimension,)
+    """Mean absolute input that a unit gives to the layers that take it in.
+
+    Raises:
+        ImportanceError: there is no batch, or a layer's weights are used without calling it.
+    """
+    wanted = {name.rpartition(".")[0] for group in space.groups for name, _ in group.tensors("consumes")}
     sums: dict[str, Tensor] = {}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(_absolute_inputs(name, sums)) for name in wanted
+        model.get_submodule(name).register_forward_pre_hook(_absolute_inputs(name, sums)) for name in sorted(wanted)
     ]
     count = 0
     try:
@@ -128,6 +129,11 @@ def activation(model: nn.Module, space: UnitSpace, batches: Iterable[Batch]) -> 
             for name, dimension in group.tensors("consumes")
             if name.rpartition(".")[0] in sums
         }
+        if not seen:
+            raise ImportanceError(
+                f"activation cannot see what {group.name} gives: the model uses the weights of "
+                f"{group.tensors('consumes')[0][0].rpartition('.')[0]} without calling that layer: use taylor or l1"
+            )
         part[:] = _mean_by_unit(space, number, seen)
     return result
 
@@ -176,7 +182,7 @@ def synflow(model: nn.Module, space: UnitSpace, batches: Iterable[Batch] = (), *
         name: torch.zeros_like(tensor) if gradient is None else (tensor.detach() * gradient).abs()
         for (name, tensor), gradient in zip(positive.items(), gradients, strict=True)
     }
-    result = _by_unit(space, model, "consumes", lambda name, _: flows[name])
+    result = _by_unit(space, model, "consumes", _among(flows))
     if not np.isfinite(result).all():
         raise ImportanceError("synflow overflowed on this model: use taylor, l1 or activation")
     return result
@@ -199,7 +205,7 @@ def _gate_gradients(model: nn.Module, space: UnitSpace, batches: Iterable[Batch]
                     name: torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient
                     for name, tensor, gradient in zip(names, wanted, gradients, strict=True)
                 }
-                yield _by_unit(space, model, "consumes", lambda name, _, products=products: products[name])
+                yield _by_unit(space, model, "consumes", _among(products))
     finally:
         for parameter, flag in zip(wanted, flags, strict=True):
             parameter.requires_grad_(flag)
@@ -248,6 +254,10 @@ def _by_unit(
             inside = units >= 0
             part += np.bincount(units[inside], sums[name, dimension][inside], minlength=len(part))
     return result
+
+
+def _among(values: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
+    return lambda name, _: values[name]
 
 
 def _mean_by_unit(space: UnitSpace, number: int, tensors: dict[str, tuple[int, Tensor]]) -> Scores:

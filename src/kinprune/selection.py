@@ -65,7 +65,8 @@ class Budget:
 @dataclass(frozen=True, eq=False)
 class Selection:
     """A mask, its exact costs, and ``slack``: the unused share of the tightest limit, with ``note`` where that is over
-    the tolerance, saying why."""
+    the tolerance, saying why.
+    """
 
     mask: Mask
     costs: Costs
@@ -212,7 +213,7 @@ def _up_to_share(space: UnitSpace, blocks: _Blocks, keep: float, allocation: All
         order = np.argsort(blocks.groups, kind="stable")
         groups, sizes = blocks.groups[order], blocks.sizes[order]
         before = np.cumsum(sizes) - sizes
-        starts = before[np.searchsorted(groups, np.arange(len(wanted)), side="left").clip(max=max(len(before) - 1, 0))]
+        starts = np.append(before, 0)[np.searchsorted(groups, np.arange(len(wanted)), side="left")]
         removed = np.zeros(len(groups), dtype=bool)
         removed[order] = blocks.ceiling[groups] - (before - starts[groups]) > wanted[groups]
     else:

@@ -48,6 +48,10 @@ class Terms:
         rows = counts @ self.slopes.T + self.bases
         return np.asarray(self.scales * rows[:, self.factors].prod(axis=2), dtype=np.int64)
 
+    def total(self, counts: Counts) -> Counts:
+        """All terms added up: ``[n]``."""
+        return np.asarray(self.values(counts).sum(axis=1), dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -61,20 +65,20 @@ class CostModel:
 
     def parameters(self, counts: Counts) -> Counts:
         """Numbers in the model's parameters, for ``counts [n, g]``: ``[n]``."""
-        return self.parameter_terms.values(counts).sum(axis=1)
+        return self.parameter_terms.total(counts)
 
     def weight_bytes(self, counts: Counts) -> Counts:
         """Bytes of everything that is saved: parameters and buffers."""
-        return self.byte_terms.values(counts).sum(axis=1)
+        return self.byte_terms.total(counts)
 
     def macs(self, counts: Counts) -> Counts:
         """Multiply-accumulates of convolutions and matrix products, for one image."""
-        return self.mac_terms.values(counts).sum(axis=1)
+        return self.mac_terms.total(counts)
 
     def peak_memory_bytes(self, counts: Counts) -> Counts:
         """Weights plus the largest sum of live activations, one image."""
         live = self.activation_terms.values(counts) @ self.alive.T
-        return self.weight_bytes(counts) + live.max(axis=1, initial=0)
+        return np.asarray(self.weight_bytes(counts) + live.max(axis=1, initial=0), dtype=np.int64)
 
     def of(self, counts: Sequence[int] | Counts) -> Costs:
         """All costs of one mask, from how many units each group keeps."""

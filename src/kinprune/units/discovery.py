@@ -19,15 +19,19 @@ from kinprune.units.layout import Fixed, Layout, Product, Sum, Units
 from kinprune.units.rules import RULES
 from kinprune.units.space import Group, Kind, Mask, Part, PartRole, Shortcut, UnitSpace, Whole
 from kinprune.units.surgery import extract
-from kinprune.units.trace import ShapeRecorder, Step, Trace, on_meta, watch
+from kinprune.units.trace import ShapeRecorder, Step, Trace, evaluating, on_meta, watch
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nh")
 HEAD_WIDTHS = ("attn_dim", "all_head_dim", "all_head_size", "inner_dim", "key_attn_dim", "val_attn_dim", "out_dim")
 INNER_SHAPES = ("bias_shape", "shape")
-"""Attributes by which attention modules of timm, transformers and torchvision know their heads, and shapes that some modules view with."""
+"""Attributes by which attention modules of timm, transformers and torchvision know their heads, and shapes that some
+modules view with."""
 
-SILENT = frozenset({"detach", "alias", "_to_copy", "lift_fresh", "empty"})
-"""Operations that come and go with how a tensor was made; two runs are compared without them."""
+SILENT = frozenset({"detach", "alias", "_to_copy", "lift_fresh", "empty", "clone"})
+"""Operations that come and go with how a tensor lies in memory; two runs are compared without them."""
+
+RESHAPES = frozenset({"view", "_unsafe_view", "_reshape_alias"})
+"""Names of one and the same operation; which of them runs depends on how the tensor lies in memory."""
 
 STREAM = "a channel of the residual stream (cut with stream=True, --stream)"
 
@@ -81,17 +85,22 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, Trace]:
     try:
         watch(meta, torch.empty(shape, device="meta", dtype=reference.dtype), RULES, trace)
         return meta, trace
-    except (NotImplementedError, RuntimeError) as error:
-        cause = error
-    trace = Trace()
+    except UnitError:
+        raise
+    except Exception:  # whatever it is: the model's own error comes again below, where nobody watches it
+        image = torch.zeros(shape, device=reference.device, dtype=reference.dtype)
     try:
-        watch(model, torch.zeros(shape, device=reference.device, dtype=reference.dtype), RULES, trace)
-    except RuntimeError as error:
+        with torch.no_grad(), evaluating(model):
+            model(image)
+    except Exception as error:
         size = " x ".join(str(value) for value in shape[2:])
         raise UnitError(
-            f"the model cannot run on one image of {size} pixels with {shape[1]} channels: {error}; "
+            f"the model cannot run on one image of {size} pixels with {shape[1]} channels: "
+            f"{type(error).__name__}: {error}; "
             "expected a model that takes a batch of images of that size: choose another image size"
-        ) from cause
+        ) from error
+    trace = Trace()
+    watch(model, image, RULES, trace)
     return model, trace
 
 
@@ -123,14 +132,16 @@ def _free(axes: Axes, leaf: int) -> bool:
 
 
 def _hold_streams(draft: Draft) -> None:
-    """Keep residual streams whole, and in a network that has them whatever else runs from block to block."""
+    """Keep residual streams whole, and whatever else runs from block to block of a sequence that has streams inside."""
     axes = draft.axes
-    coupled = [leaf for leaf in draft.producers if axes.facts[leaf].coupled]
-    for leaf in coupled:
-        axes.freeze(leaf, STREAM)
-    for leaf in [leaf for leaf in draft.producers if coupled and leaf in draft.consumers]:
-        owner = draft.model.get_submodule(_owner(draft, leaf))
-        if owner is draft.model or isinstance(owner, (nn.Sequential, nn.ModuleList)):
+    for leaf in draft.producers:
+        if axes.facts[leaf].coupled:
+            axes.freeze(leaf, STREAM)
+    for leaf in [leaf for leaf in draft.producers if leaf in draft.consumers]:
+        name = _owner(draft, leaf)
+        owner = draft.model.get_submodule(name)
+        joined = any(not name or f"{join}.".startswith(f"{name}.") for join in draft.trace.joins)
+        if joined and (owner is draft.model or isinstance(owner, (nn.Sequential, nn.ModuleList))):
             axes.freeze(leaf, STREAM)
 
 
@@ -210,8 +221,8 @@ def _space(draft: Draft, head: str | None) -> UnitSpace:
         for dimension, part in enumerate(layout):
             for group in dict.fromkeys(layouts.groups(part)):
                 by_group.setdefault(group, []).append((name, dimension))
-    attributes = _attributes(draft, tensors, made)
-    groups = _groups(draft, by_group, attributes)
+    attributes = _attributes(draft, made)
+    groups = _groups(draft, by_group, made)
     shortcuts = tuple(
         Shortcut(_layer(name), module, cast(Literal["input", "output"], side))
         for name, (module, side) in draft.trace.shortcuts.items()
@@ -220,15 +231,17 @@ def _space(draft: Draft, head: str | None) -> UnitSpace:
     return UnitSpace(groups, tensors, attributes, _whole(draft, head), shortcuts, costs, head)
 
 
-def _attributes(
-    draft: Draft, tensors: dict[str, tuple[Layout, ...]], made: _Layouts
-) -> dict[tuple[str, str], Layout | tuple[Layout, ...]]:
+def _attributes(draft: Draft, made: _Layouts) -> dict[tuple[str, str], Layout | tuple[Layout, ...]]:
     """Which integer attributes of which modules follow from the cut tensors."""
     result: dict[tuple[str, str], Layout | tuple[Layout, ...]] = {}
-    for name, layout in tensors.items():
+    first: dict[int, str] = {}  # a tied tensor is known by its first name
+    for name, value in (
+        *draft.model.named_parameters(remove_duplicate=False), *draft.model.named_buffers(remove_duplicate=False)
+    ):  # fmt: skip
         module_name, _, tensor = name.rpartition(".")
         module = draft.model.get_submodule(module_name)
-        grouping = draft.trace.groupings.get(name)
+        layout = tuple(made[axis] for axis in draft.trace.parameters[name])
+        grouping = draft.trace.groupings.get(first.setdefault(id(value), name))
         if isinstance(module, nn.modules.conv._ConvNd) and tensor == "weight":
             groups = made[grouping] if grouping is not None else Fixed(1)
             inner, outer = (1, 0) if not module.transposed else (0, 1)
@@ -276,7 +289,7 @@ def _inner_shapes(draft: Draft, leaf: int, number: int, owner: str) -> list[tupl
     size = draft.axes.size(leaf)
     cut = {_layer(name) for name, axes in draft.trace.parameters.items() for axis in axes
            if leaf in draft.axes.leaves(axis)}  # fmt: skip
-    found = []
+    found: list[tuple[str, str, tuple[Layout, ...]]] = []
     for name in cut:
         module = draft.model.get_submodule(name)
         for attribute in INNER_SHAPES:
@@ -287,9 +300,7 @@ def _inner_shapes(draft: Draft, leaf: int, number: int, owner: str) -> list[tupl
     return found
 
 
-def _groups(
-    draft: Draft, by_group: dict[int, list[tuple[str, int]]], attributes: dict[tuple[str, str], object]
-) -> tuple[Group, ...]:
+def _groups(draft: Draft, by_group: dict[int, list[tuple[str, int]]], made: _Layouts) -> tuple[Group, ...]:
     groups: list[Group] = []
     names: dict[str, int] = {}
     for number, leaf in enumerate(draft.chosen):
@@ -299,22 +310,22 @@ def _groups(
         owner = draft.model.get_submodule(name)
         if name in names or owner is draft.model or isinstance(owner, (nn.Sequential, nn.ModuleList)):
             name = _layer(producer)
+        if name in names:  # a layer that makes several groups
+            name = f"{name}:{number}"
         names[name] = number
-        produced = draft.axes.leaves(draft.trace.roles[producer].produces)
-        width = draft.axes.size(draft.trace.roles[producer].produces) // draft.axes.size(leaf)
+        produced = draft.trace.roles[producer].produces
+        width = layouts.affine(made[produced])[1][number] // _repeats(draft, draft.axes.leaves(produced), leaf)
         parts = tuple(_part(draft, leaf, tensor, dimension) for tensor, dimension in by_group.get(number, []))
         normalised = draft.axes.facts[leaf].normalised
-        groups.append(
-            Group(name, kind, draft.axes.size(leaf), max(width // max(_repeats(draft, produced, leaf), 1), 1), parts,
-                  normalised)
-        )  # fmt: skip
+        groups.append(Group(name, kind, draft.axes.size(leaf), width, parts, normalised))
     return tuple(groups)
 
 
 def _repeats(draft: Draft, leaves: Sequence[int], leaf: int) -> int:
     """How often a leaf stands in a dimension: three times in concatenated queries, keys and values."""
     axes = draft.axes
-    fixed = math.prod(axes.size(other) for other in leaves if other != leaf and "unbound" in (axes.facts[other].fixed or ""))
+    repeated = {other for other in leaves if axes.facts[other].fixed in ("it is unbound", "repeated segments")}
+    fixed = math.prod(axes.size(other) for other in leaves if other in repeated)
     return max(leaves.count(leaf), 1) * fixed
 
 
@@ -346,7 +357,7 @@ def _whole(draft: Draft, head: str | None) -> tuple[Whole, ...]:
     """Every layer whose outputs are not cut, with the first reason found."""
     result = []
     for name, role in draft.trace.roles.items():
-        leaves = draft.axes.leaves(role.produces)
+        leaves = sorted(draft.axes.leaves(role.produces), key=lambda leaf: leaf not in draft.consumers)
         if any(leaf in draft.chosen for leaf in leaves):
             continue
         layer = _layer(name)
@@ -371,7 +382,8 @@ def _nothing(space: UnitSpace, stream: bool) -> str:
 
 def _trial(draft: Draft, space: UnitSpace, shape: tuple[int, ...]) -> Step | None:
     """Cut a part of every group and run: None if every operation gives the foreseen shapes, else the first that does
-    not."""
+    not.
+    """
     kept = space.whole_mask().kept
     for number, (group, part) in enumerate(zip(space.groups, space.split(kept), strict=True)):
         part[_trial_count(group, number) :] = False
@@ -379,27 +391,34 @@ def _trial(draft: Draft, space: UnitSpace, shape: tuple[int, ...]) -> Step | Non
     small = extract(draft.model, space, Mask(kept, space.fingerprint)).eval()
     recorder = ShapeRecorder()
     reference = _reference(small)
-    # An error of the cut model shows as the step that was not recorded; it is blamed like a wrong shape.
-    with torch.no_grad(), recorder, contextlib.suppress(RuntimeError, ValueError, AssertionError, IndexError, TypeError):
+    # An error of the cut model, of any kind, shows as the step that was not recorded; it is blamed like a wrong shape.
+    with torch.no_grad(), recorder, contextlib.suppress(Exception):
         small(torch.zeros(shape, device=reference.device, dtype=reference.dtype))
-    seen = iter([step for step in recorder.steps if step[0] not in SILENT])
+    seen = iter([(_plain(name), shapes) for name, shapes in recorder.steps if name not in SILENT])
     made = _Layouts(draft.axes, {leaf: number for number, leaf in enumerate(draft.chosen)})
     next(seen, None)  # the image itself
     for step in draft.trace.steps:
         if step.name in SILENT:
             continue
         foreseen = tuple(tuple(layouts.size(made[axis], counts) for axis in output) for output in step.outputs)
-        if next(seen, None) != (step.name, foreseen):
+        if next(seen, None) != (_plain(step.name), foreseen):
             return step
     return None
 
 
+def _plain(name: str) -> str:
+    return "view" if name in RESHAPES else name
+
+
 def _trial_count(group: Group, number: int) -> int:
     """How many units a trial keeps: another share for neighbouring groups and for streams, so that no size in the
-    model's own code is right by chance."""
+    model's own code is right by chance; always fewer than all.
+    """
     if group.kind == "channel":
-        return min(group.size * 2 // 3 | 1, group.size)
-    return -(-group.size // 2) if number % 2 else -(-group.size * 3 // 5)
+        count = group.size * 2 // 3 | 1
+    else:
+        count = -(-group.size // 2) if number % 2 else -(-group.size * 3 // 5)
+    return min(count, group.size - 1)
 
 
 def _blame(draft: Draft, step: Step) -> None:

@@ -82,6 +82,7 @@ def _residual(call: Call, first: Tensor, second: Tensor) -> None:
     for axis in set(_axes(call, first)) | set(_axes(call, second)):
         for leaf in tracer.axes.leaves(axis):
             tracer.axes.facts[leaf].coupled = True
+    tracer.trace.joins.add(tracer.stack[-1])
     for tensor, other in ((first, second), (second, first)):
         layer = tracer.seen(tensor).layer
         if layer is not None and call.argument(2, "alpha", 1) == 1 and tensor.shape == other.shape:

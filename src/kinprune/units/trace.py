@@ -7,7 +7,8 @@ said in ``rules``; an operation without a rule freezes whatever it touches, unde
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +71,8 @@ class Trace:
 
     ``operations`` touch the images; ``steps`` are all operations, for comparing two runs. ``groupings`` are the group
     axes of grouped convolutions and norms by their weight; ``gates`` the layers whose output scales a whole grid
-    (squeeze-and-excite); ``shortcuts`` where to find what is added to a layer's output.
+    (squeeze-and-excite); ``joins`` the modules that add to a residual stream; ``shortcuts`` where to find what is added
+    to a layer's output.
     """
 
     axes: Axes = field(default_factory=Axes)
@@ -80,6 +82,7 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     groupings: dict[str, int] = field(default_factory=dict)
     gates: set[str] = field(default_factory=set)
+    joins: set[str] = field(default_factory=set)
     shortcuts: dict[str, tuple[str, str]] = field(default_factory=dict)
     output: tuple[int, ...] = ()
 
@@ -100,11 +103,11 @@ class Seen:
     squashed: bool = False
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the axes of every tensor through a forward pass; ``rules`` maps operation names to what they do."""
 
     def __init__(self, trace: Trace, rules: Mapping[str, Callable[[Call], list[tuple[int, ...]]]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
         self.axes = trace.axes
         self.rules = rules
@@ -169,7 +172,7 @@ class Tracer(TorchDispatchMode):
             if tuple(self.axes.size(axis) for axis in axes) != tuple(tensor.shape):
                 raise AssertionError(f"rule of {call.name}: {axes} does not describe {tuple(tensor.shape)}")
             if not any(tensor is item for item in inputs):  # in place: known already
-                sources = frozenset({call.layer}) if call.makes else self._sources(inputs)
+                sources = frozenset({call.layer}) if call.makes and call.layer else self._sources(inputs)
                 self.declare(tensor, Seen(axes, active, call.weight, call.layer, sources, "sigmoid" in call.name))
             elif call.layer is None and self.seen(tensor).layer is not None:  # no longer the layer's own output
                 seen = self.seen(tensor)
@@ -231,6 +234,18 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def watch(model: nn.Module, image: Tensor, rules: Mapping[str, Any], trace: Trace) -> None:
     """Run ``model`` on ``image`` (both on one device) and write what is seen into ``trace``, as far as it gets."""
     tracer = Tracer(trace, rules)
@@ -255,15 +270,12 @@ def watch(model: nn.Module, image: Tensor, rules: Mapping[str, Any], trace: Trac
             lambda module, inputs, output: tracer.leave(output),
         ),
     ]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), tracer:
+        with torch.no_grad(), evaluating(model), tracer:
             output = model(image)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     if not isinstance(output, Tensor):
         raise UnitError(
             f"the model gave a {type(output).__name__}, expected one tensor of logits: wrap it so that it returns one"
@@ -273,11 +285,11 @@ def watch(model: nn.Module, image: Tensor, rules: Mapping[str, Any], trace: Trac
         trace.axes.freeze(axis, "the model's output")
 
 
-class ShapeRecorder(TorchDispatchMode):
+class ShapeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down every operation's name and the shapes of its outputs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

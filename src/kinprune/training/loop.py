@@ -1,4 +1,4 @@
-"""The one fine-tuning loop: a recipe, a guard on held-back images, and never an end below the start."""
+"""The one fine-tuning loop: guarded by held-back images, it never ends below its start."""
 
 from __future__ import annotations
 
@@ -7,107 +7,28 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kinprune.calibration import batch_norms, frozen_batch_norm, is_folded
+from kinprune.calibration import frozen_batch_norm, is_folded
 from kinprune.errors import TaskError, TrainingError
 from kinprune.evaluation import device_of, evaluate, logits
 from kinprune.preprocessing import Preprocessing, normalise
 from kinprune.tasks import Split
-
-Optimiser = Literal["auto", "sgd", "adamw"]
-BatchNormMode = Literal["batch", "frozen"]
-Augmentation = Literal["none", "light"]
-Precision = Literal["auto", "float32", "bfloat16"]
-OnStep = Callable[[int, int, float], None]
-
-LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-4}
-"""Defaults. From a closed-form start, SGD at .03 and AdamW at 3e-4 were seen to destroy what pruning had left."""
-SHIFT = 0.125
-"""The largest random shift, as a share of the image's side: the usual 4 pixels of 32."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune; a value that makes no sense is refused with a TrainingError when the recipe is made.
-
-    - ``steps`` mini-batches of ``batch_size`` images, drawn without replacement in each pass over the data;
-    - ``optimiser``: *auto* is SGD (``momentum``, Nesterov) for a model with batch norm, AdamW for others;
-      ``learning_rate`` None is .01 for SGD and 1e-4 for AdamW; it rises linearly over the first ``warmup`` share of
-      the steps and falls to 0 on a half cosine; ``weight_decay`` spares biases, norms and embeddings;
-    - ``layer_decay`` multiplies the rate once more for each block away from the head (1 is off);
-    - ``batch_norm`` *batch* trains on the batches' own statistics, *frozen* on the running ones, which then stay;
-    - ``augmentation`` *light* shifts each image at random by up to an eighth of its side, reflecting at the borders,
-      and mirrors it half of the time where ``flip`` is set (off: digits, letters and signs are not mirror-invariant);
-    - ``precision`` *auto* is bfloat16 where the device multiplies it natively, else float32;
-    - ``clip_norm`` is the largest gradient norm, None for no limit;
-    - ``distillation`` is the share of a teacher, where one is given, in the loss, at ``distillation_temperature``;
-    - ``hold_back`` is the share of each class kept from training to judge the model by, at the start and at
-      ``evaluations`` evenly spaced steps, the last one among them.
-    """
-
-    steps: int = 60
-    batch_size: int = 64
-    optimiser: Optimiser = "auto"
-    learning_rate: float | None = None
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
-    warmup: float = 0.1
-    layer_decay: float = 1.0
-    batch_norm: BatchNormMode = "frozen"
-    label_smoothing: float = 0.0
-    augmentation: Augmentation = "light"
-    flip: bool = False
-    precision: Precision = "auto"
-    clip_norm: float | None = 1.0
-    distillation: float = 0.5
-    distillation_temperature: float = 2.0
-    hold_back: float = 0.1
-    evaluations: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low in (("steps", 0), ("batch_size", 1), ("evaluations", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise TrainingError(f"the recipe's {name} is {value!r}; expected a whole number of at least {low}")
-        for name, text, holds in _RANGES:
-            value = getattr(self, name)
-            if value is None and name in ("learning_rate", "clip_norm"):
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not holds(value):
-                raise TrainingError(f"the recipe's {name} is {value!r}; expected a number {text}")
-        for name, choices in (
-            ("optimiser", get_args(Optimiser)),
-            ("batch_norm", get_args(BatchNormMode)),
-            ("augmentation", get_args(Augmentation)),
-            ("precision", get_args(Precision)),
-            ("flip", (True, False)),
-        ):
-            if getattr(self, name) not in choices:
-                raise TrainingError(
-                    f"the recipe's {name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, choices))}"
-                )
-
-
-_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    ("learning_rate", "above 0, or None for the optimiser's default", lambda v: v > 0),
-    ("clip_norm", "above 0, or None for no limit", lambda v: v > 0),
-    ("weight_decay", "of at least 0", lambda v: v >= 0),
-    ("momentum", "above 0 and below 1", lambda v: 0 < v < 1),
-    ("label_smoothing", "from 0 to below 1", lambda v: 0 <= v < 1),
-    ("hold_back", "from 0 to below 1, 0 to hold nothing back", lambda v: 0 <= v < 1),
-    ("warmup", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("distillation", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("distillation_temperature", "above 0", lambda v: v > 0),
-    ("layer_decay", "above 0, at most 1", lambda v: 0 < v <= 1),
+from kinprune.training.batches import batches, hold_back, shift_and_flip
+from kinprune.training.recipe import (
+    LEARNING_RATES,
+    Recipe,
+    make_optimiser,
+    optimiser_name,
+    resolve_precision,
+    schedule,
 )
+
+OnStep = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -141,23 +62,6 @@ class TrainingResult:
     precision: str
 
 
-def hold_back(split: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
-    """A split without ``fraction`` of each class's images, at least one, and those images.
-
-    Drawn with ``seed``. (split, None) where ``fraction`` is 0 or a class has fewer than two images.
-    Solve a closed-form head on the first part: a head that has seen the second one makes it a poor judge.
-    """
-    counts = torch.bincount(split.labels)
-    if fraction == 0 or int(counts[counts > 0].min()) < 2:
-        return split, None
-    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
-    held = torch.zeros(len(split.labels), dtype=torch.bool)
-    for label in counts.nonzero().flatten().tolist():
-        members = order[split.labels[order] == label]
-        held[members[: min(len(members) - 1, max(1, round(fraction * len(members))))]] = True
-    return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])
-
-
 def fine_tune(
     model: nn.Module,
     split: Split,
@@ -171,8 +75,9 @@ def fine_tune(
 ) -> TrainingResult:
     """Train ``model`` in place on ``device``, where it stays, and leave it in the best state seen, in evaluation mode.
 
-    The best state, the start among them, has the highest accuracy on the guard's images, then the lowest loss; ties
-    go to the earlier. The guard is ``held_back`` where it is given, else ``hold_back`` takes it from ``split``, else,
+    The best state, the start among them, is the last one whose accuracy on the guard's images is within one image of
+    the highest: later states had lower learning rates, and one image is chance. A state that is no better than the
+    start, by accuracy and then by loss, is never taken. The guard is ``held_back`` where it is given, else ``hold_back`` takes it from ``split``, else,
     where a class has one image, the training images' loss alone decides. ``on_step(step, steps, loss)`` is called
     after every step, steps counted from 1. ``teacher``, of the same classes, adds distillation: the Kullback-Leibler
     divergence of softened answers times the squared temperature (Hinton et al. 2015).
@@ -184,17 +89,17 @@ def fine_tune(
     """
     _check(model, split, preprocessing, teacher, torch.device(device))
     train, guard = (split, held_back) if held_back is not None else hold_back(split, recipe.hold_back, recipe.seed)
-    optimiser = _optimiser_name(model, recipe)
+    optimiser = optimiser_name(model, recipe)
     run = _Run(
         model=model,
         train=train,
-        guard=guard or train,
+        guard=train if guard is None else guard,
         judged_by_accuracy=guard is not None,
         preprocessing=preprocessing,
         recipe=recipe,
         optimiser=optimiser,
         learning_rate=recipe.learning_rate or LEARNING_RATES[optimiser],
-        precision=_precision(recipe, torch.device(device)),
+        precision=resolve_precision(recipe, torch.device(device)),
         teacher=teacher,
     )
     started = perf_counter()
@@ -252,7 +157,8 @@ class _Run:
         self.losses: list[float] = []
         self.curve: list[CurvePoint] = []
         self.best_step = 0
-        self.best_score = (-1.0, -math.inf)
+        self.start_score = (-math.inf, -math.inf)
+        self.best_score = (-math.inf, -math.inf)
         self.best_state: dict[str, Tensor] = {}
 
     def go(self, on_step: OnStep | None) -> None:
@@ -260,16 +166,16 @@ class _Run:
         if recipe.steps == 0:
             return
         self.keep(0)
-        self.judge(0)
+        self.start_score = self.best_score = self.judge(0)
         generator = torch.Generator().manual_seed(recipe.seed)
-        batches = _batches(len(self.train.labels), self.batch_size, generator)
-        optimiser = _optimiser(self.model, recipe, self.optimiser, self.learning_rate)
+        order = batches(len(self.train.labels), self.batch_size, generator)
+        optimiser = make_optimiser(self.model, recipe, self.optimiser, self.learning_rate)
         checks = {round(i * recipe.steps / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
         for step in range(1, recipe.steps + 1):
             rate = self.learning_rate * schedule(step, recipe.steps, recipe.warmup)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["lr_scale"]
-            loss = self.step(next(batches), optimiser, generator)
+            loss = self.step(next(order), optimiser, generator)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss became {loss} at step {step} of {recipe.steps} (learning rate {rate:g}); expected a "
@@ -278,7 +184,7 @@ class _Run:
                 )
             self.losses.append(loss)
             if step in checks:
-                self.judge(step)
+                self.keep_if_best(step)
             if on_step is not None:
                 on_step(step, recipe.steps, loss)
 
@@ -301,15 +207,22 @@ class _Run:
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         optimiser.step()
-        return float(loss)
+        return float(loss.detach())
 
-    def judge(self, step: int) -> None:
-        """Judge the model on the guard's images in float32, and keep its state where it is the best so far."""
+    def judge(self, step: int) -> tuple[float, float]:
+        """Judge the model on the guard's images, in float32: accuracy where it counts, then minus the loss."""
         result = evaluate(self.model, self.guard, self.preprocessing)
         self.curve.append(CurvePoint(step, result.accuracy, result.loss))
-        score = (result.accuracy if self.judged_by_accuracy else 0.0, -result.loss)
-        if math.isfinite(result.loss) and score > self.best_score:
-            self.best_score = score
+        if not math.isfinite(result.loss):
+            return -math.inf, -math.inf
+        return (result.accuracy if self.judged_by_accuracy else 0.0), -result.loss
+
+    def keep_if_best(self, step: int) -> None:
+        score = self.judge(step)
+        # One image lower, and half of one for rounding.
+        close = self.judged_by_accuracy and score[0] >= self.best_score[0] - 1.5 / len(self.guard.labels)
+        if score > self.start_score and (close or score > self.best_score):
+            self.best_score = max(self.best_score, score)
             self.keep(step)
 
     def keep(self, step: int) -> None:
@@ -338,50 +251,11 @@ def _surroundings(run: _Run, device: torch.device) -> Iterator[None]:
             run.teacher.to(device).eval()
         # Measured on the CPU: a third to a half off a step of a CNN; a ViT's one convolution gains nothing.
         if sum(isinstance(module, nn.Conv2d) for module in run.model.modules()) > 1:
-            run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            run.model.to(memory_format=torch.channels_last)
             stack.callback(run.model.to, memory_format=torch.contiguous_format)
         every = run.recipe.batch_norm == "frozen" or run.batch_size < 2
         stack.enter_context(frozen_batch_norm(run.model, lambda norm: every or is_folded(norm)))
         yield
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """The share of the learning rate at ``step`` (from 1): a linear rise over ``warmup * steps``, a half cosine to 0."""
-    rising = round(warmup * steps)
-    if step <= rising:
-        return step / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rising - 1) / (steps - rising)))
-
-
-def shift_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
-    """Each image ``[n, c, h, w]`` moved by its own random offset, reflected at its borders; mirrored half the time.
-
-    Offsets are uniform whole pixels up to an eighth of each side; images of a single row or column stay.
-    """
-    count, _, height, width = images.shape
-    rows, columns = (_reflected(count, side, generator) for side in (height, width))
-    if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, width - 1 - columns, columns)
-    index = torch.arange(count).view(-1, 1, 1)
-    # Indexing [n, :, h, w] puts the channels last.
-    return images[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-def _reflected(count: int, side: int, generator: torch.Generator) -> Tensor:
-    """For each image, the source index of every pixel along a side: ``[count, side]``."""
-    reach = int(SHIFT * side)
-    offsets = torch.randint(-reach, reach + 1, (count, 1), generator=generator)
-    indices = (torch.arange(side) + offsets).abs()
-    return (side - 1) - ((side - 1) - indices).abs()
-
-
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of full batches, for ever; what is left of a pass is dropped, and drawn anew in the next."""
-    while True:
-        order = torch.randperm(count, generator=generator)
-        for start in range(0, count - size + 1, size):
-            yield order[start : start + size]
 
 
 def _loss(outputs: Tensor, labels: Tensor, target: Tensor | None, recipe: Recipe) -> Tensor:
@@ -392,35 +266,6 @@ def _loss(outputs: Tensor, labels: Tensor, target: Tensor | None, recipe: Recipe
     own, wanted = (outputs / heat).log_softmax(1), (target / heat).log_softmax(1)
     divergence = functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
     return (1 - recipe.distillation) * loss + recipe.distillation * heat**2 * divergence
-
-
-def _optimiser(model: nn.Module, recipe: Recipe, name: str, learning_rate: float) -> torch.optim.Optimizer:
-    spared: Any = getattr(model, "no_weight_decay", set)
-    groups = param_groups_layer_decay(
-        model,
-        weight_decay=recipe.weight_decay,
-        no_weight_decay_list=tuple(spared()),
-        layer_decay=recipe.layer_decay,
-    )
-    if name == "sgd":
-        return torch.optim.SGD(groups, learning_rate, momentum=recipe.momentum, nesterov=True)
-    return torch.optim.AdamW(groups, learning_rate)
-
-
-def _optimiser_name(model: nn.Module, recipe: Recipe) -> Literal["sgd", "adamw"]:
-    if recipe.optimiser == "auto":
-        return "sgd" if batch_norms(model) else "adamw"
-    return recipe.optimiser
-
-
-def _precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16"]:
-    if recipe.precision != "auto":
-        return recipe.precision
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # Without these instructions bfloat16 is emulated, many times slower than float32.
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
 
 
 def _check(

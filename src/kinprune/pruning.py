@@ -1,0 +1,274 @@
+"""Pruning one task from scratch: score, remove, repair and fine-tune, once or in rounds.
+
+The model really shrinks at every round, so that later rounds are cheaper. What is learned on the way is a ranking of
+all units: the survivors by their importance in the finished model, then the removed ones, last removed first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kinprune.backbones import Backbone
+from kinprune.calibration import ClosedForm, ReconstructionLayer, closed_form, describe_layers
+from kinprune.calibration.head import HeadMethod
+from kinprune.errors import BudgetError
+from kinprune.evaluation import Evaluation, evaluate
+from kinprune.importance import CRITERIA, Batch, Criterion, Normalisation, Scores, normalise, rank, score
+from kinprune.preprocessing import Preprocessing
+from kinprune.preprocessing import normalise as normalise_images
+from kinprune.selection import Allocation, Budget, Selection, select
+from kinprune.tasks import DecodedTask, Split
+from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
+from kinprune.units import Costs, Mask, UnitSpace, extract, find_units
+from kinprune.units.layout import kept as kept_indices
+
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to prune.
+
+    ``rounds`` 1 is one-shot; more remove a share each, geometrically, with ``round_steps`` steps of fine-tuning in
+    between. ``score_images`` are read to score units, ``score_batch`` at a time. ``reconstruct`` lets the layers
+    behind removed units be solved again. ``recipe`` is the last fine-tuning, and its seed the seed of everything.
+    """
+
+    budget: Budget
+    criterion: Criterion = "taylor"
+    rounds: int = 1
+    round_steps: int = 25
+    allocation: Allocation = "layer"
+    normalisation: Normalisation = "mean"
+    multiple: int = 1
+    stream: bool = False
+    reconstruct: bool = True
+    head: HeadMethod = "ridge"
+    score_images: int = 256
+    score_batch: int = 64
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("rounds", self.rounds, 1), ("round_steps", self.round_steps, 0), ("multiple", self.multiple, 1),
+            ("score_images", self.score_images, 1), ("score_batch", self.score_batch, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise BudgetError(f"{name} is {value}, expected a whole number of at least {least}")
+        if self.criterion not in CRITERIA:
+            raise BudgetError(f"there is no method '{self.criterion}', expected one of: {', '.join(CRITERIA)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What pruning gave: the small model, its mask on the whole unit space, and what was measured on the way.
+
+    ``ranking`` is ``int64 [u]``, each unit's place in its group, 0 the best; ``scores`` ``float64 [u]`` are each
+    unit's last normalised importance. ``dense`` is the whole model with a closed-form head, ``start`` the small one in
+    closed form before any step, ``final`` after the steps, all on the test images. ``seconds`` is by stage.
+    """
+
+    model: nn.Module
+    space: UnitSpace
+    selection: Selection
+    ranking: NDArray[np.int64]
+    scores: Scores
+    closed_form: ClosedForm
+    training: TrainingResult
+    whole: Costs
+    dense: Evaluation
+    start: Evaluation
+    final: Evaluation
+    seconds: dict[str, float]
+
+
+def prune(
+    backbone: Backbone, task: DecodedTask, plan: Plan, *, device: str = "cpu", on_step: OnStep | None = None
+) -> Pruned:
+    """Prune a backbone for one task under a plan; the backbone itself is not changed.
+
+    The backbone must have been made for the task's number of classes. ``on_step(stage, step, steps)`` is called after
+    every training step. Bad budgets are refused before anything is trained. Ctrl-C during the last fine-tuning keeps
+    the best state so far (``training.stopped``); earlier it ends the pruning.
+
+    Raises:
+        UnitError, BudgetError, ImportanceError, TrainingError: see the functions called.
+    """
+    seconds: dict[str, float] = {}
+    with _stage(seconds, "units"):
+        space = find_units(
+            backbone.model, task.preprocessing.image_size, stream=plan.stream, head=backbone.spec.head
+        )
+        _check_budget(space, plan)
+    shrinking = _Shrinking.begin(backbone, task, plan, space, device, on_step)
+    with _stage(seconds, "dense"):
+        shrinking.solve_dense_head()
+        dense = evaluate(shrinking.model, task.test, task.preprocessing, device=device)
+    with _stage(seconds, "prune"):
+        for number in range(plan.rounds):
+            shrinking.cut(number)
+    with _stage(seconds, "evaluate"):
+        start = evaluate(shrinking.model, task.test, task.preprocessing, device=device)
+    with _stage(seconds, "fine-tune"):
+        training = shrinking.train(plan.recipe, "fine-tuning", interruptible=True)
+    with _stage(seconds, "evaluate"):
+        final = evaluate(shrinking.model, task.test, task.preprocessing, device=device)
+    with _stage(seconds, "rank"):
+        ranking = shrinking.ranking()
+    assert shrinking.selection is not None and shrinking.repair is not None
+    return Pruned(
+        shrinking.model, space, shrinking.selection, ranking, shrinking.scores, shrinking.repair, training,
+        space.cost(space.whole_mask()), dense, start, final, seconds,
+    )  # fmt: skip
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + perf_counter() - started
+
+
+def _check_budget(space: UnitSpace, plan: Plan) -> None:
+    """Refuse an impossible budget before any work: whether it can be reached does not depend on scores."""
+    select(space, np.zeros(len(space)), plan.budget, multiple=plan.multiple)
+
+
+@dataclass(eq=False)
+class _Shrinking:
+    """A model on its way from whole to small."""
+
+    plan: Plan
+    head: str
+    classes: int
+    preprocessing: Preprocessing
+    device: str
+    on_step: OnStep | None
+    fit: Split
+    guard: Split | None
+    space: UnitSpace
+    model: nn.Module
+    mask: Mask
+    removed_in: NDArray[np.int64]
+    scores: Scores
+    selection: Selection | None = None
+    repair: ClosedForm | None = None
+
+    @classmethod
+    def begin(
+        cls, backbone: Backbone, task: DecodedTask, plan: Plan, space: UnitSpace, device: str, on_step: OnStep | None
+    ) -> _Shrinking:
+        fit, guard = hold_back(task.train, plan.recipe.hold_back, plan.recipe.seed)
+        model = copy.deepcopy(backbone.model).to(device)
+        return cls(
+            plan, backbone.spec.head, len(task.classes), task.preprocessing, device, on_step, fit, guard,
+            space, model, space.whole_mask(), np.full(len(space), plan.rounds, dtype=np.int64), np.zeros(len(space)),
+        )  # fmt: skip
+
+    def solve_dense_head(self) -> None:
+        self._closed_form(self.model, None)
+
+    def _closed_form(self, model: nn.Module, dense: nn.Module | None) -> ClosedForm:
+        layers = _layers(self.space, self.mask, dense) if dense is not None and self.plan.reconstruct else ()
+        return closed_form(
+            model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
+            dense=dense if layers else None, layers=layers, method=self.plan.head, seed=self.plan.recipe.seed,
+        )  # fmt: skip
+
+    def cut(self, number: int) -> None:
+        """One round: score what is left, remove down to this round's budget, repair, and train if more follow."""
+        whole = self.model
+        self._score()
+        last = number == self.plan.rounds - 1
+        selection = select(
+            self.space, self.scores, self._budget(number), allocation=self.plan.allocation, normalisation="none",
+            multiple=self.plan.multiple, within=self.mask,
+        )  # fmt: skip
+        current = self.space.shrink(self.mask)
+        step = Mask(selection.mask.kept[self.mask.kept], current.fingerprint)
+        self.model = extract(whole, current, step)
+        self.removed_in[self.mask.kept & ~selection.mask.kept] = number
+        previous, self.mask, self.selection = self.mask, selection.mask, selection
+        self.repair = closed_form(
+            self.model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
+            dense=whole if self.plan.reconstruct else None,
+            layers=_layers(self.space.shrink(previous), step, whole) if self.plan.reconstruct else (),
+            method=self.plan.head, seed=self.plan.recipe.seed,
+        )  # fmt: skip
+        if not last:
+            recipe = replace(self.plan.recipe, steps=self.plan.round_steps, seed=self.plan.recipe.seed + number + 1)
+            self.train(recipe, f"round {number + 1}", interruptible=False)
+
+    def _budget(self, number: int) -> Budget:
+        """This round's budget: shares of the whole that shrink by the same factor every round."""
+        share = (number + 1) / self.plan.rounds
+        budget, whole = self.plan.budget, self.space.cost(self.space.whole_mask())
+        if share == 1:
+            return budget
+        limits = {
+            name: round(getattr(whole, name) * min(limit / getattr(whole, name), 1) ** share)
+            for name, limit in budget.limits().items()
+        }
+        return Budget(keep=None if budget.keep is None else budget.keep**share, **limits)
+
+    def _score(self) -> None:
+        """Score the units still there, in the model as it is now; the others keep the score they left with."""
+        current = self.space.shrink(self.mask)
+        batches = _batches(self.fit, self.preprocessing, self.plan, self.device)
+        values = score(self.plan.criterion, self.model, current, batches, seed=self.plan.recipe.seed)
+        self.scores[self.mask.kept] = normalise(current, values, self.plan.normalisation)
+
+    def train(self, recipe: Recipe, stage: str, *, interruptible: bool) -> TrainingResult:
+        result = fine_tune(
+            self.model, self.fit, self.preprocessing, recipe, device=self.device, held_back=self.guard,
+            on_step=lambda step, steps, loss: self.on_step(stage, step, steps) if self.on_step else None,
+        )  # fmt: skip
+        if result.stopped and not interruptible:
+            raise KeyboardInterrupt
+        return result
+
+    def ranking(self) -> NDArray[np.int64]:
+        """Every unit's place: survivors by importance in the finished model, then the removed, last removed first."""
+        if self.plan.rounds > 1:
+            self._score()
+        return rank(self.space, self.removed_in.astype(np.float64), (self.scores,))
+
+
+def _batches(split: Split, preprocessing: Preprocessing, plan: Plan, device: str) -> Iterator[Batch]:
+    """Seeded batches of training images to score units with, drawn without replacement."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(plan.recipe.seed))
+    for chosen in order[: plan.score_images].split(plan.score_batch):
+        images = normalise_images(split.images[chosen].to(device), preprocessing)
+        yield Batch(images, split.labels[chosen].to(device))
+
+
+def _layers(space: UnitSpace, mask: Mask, dense: nn.Module) -> tuple[ReconstructionLayer, ...]:
+    """The layers that took in removed units, with where their output joins the residual stream."""
+    units = [np.flatnonzero(part).astype(np.int64) for part in space.split(mask.kept)]
+    counts = space.sizes.tolist()
+    names = dict.fromkeys(
+        name.rpartition(".")[0]
+        for group, chosen in zip(space.groups, units, strict=True)
+        if len(chosen) < group.size
+        for name, _ in group.tensors("consumes")
+    )
+    solvable = [name for name in names if name != space.head and f"{name}.weight" in space.tensors]
+    seen = {shortcut.layer: shortcut for shortcut in space.shortcuts}
+    layers = []
+    for layer in describe_layers(dense, solvable):
+        if layer.shortcut is None and layer.name in seen:
+            shortcut = seen[layer.name]
+            layer = replace(layer, shortcut=(shortcut.module, shortcut.side))
+        outputs = kept_indices(space.tensors[f"{layer.name}.weight"][0], units, counts)
+        whole = dense.get_parameter(f"{layer.name}.weight").shape[0]
+        layers.append(replace(layer, outputs=tuple(outputs.tolist())) if len(outputs) < whole else layer)
+    return tuple(layers)

@@ -1,0 +1,7 @@
+"""The one way models are fine-tuned."""
+
+from kinprune.training.batches import hold_back
+from kinprune.training.loop import CurvePoint, OnStep, TrainingResult, fine_tune
+from kinprune.training.recipe import Recipe
+
+__all__ = ["CurvePoint", "OnStep", "Recipe", "TrainingResult", "fine_tune", "hold_back"]
