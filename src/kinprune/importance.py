@@ -8,7 +8,6 @@ weights there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from kinprune.errors import ImportanceError
 from kinprune.units import UnitSpace
 from kinprune.units.layout import unit_of
+from kinprune.units.modes import evaluating
 from kinprune.units.space import PartRole
 
 Scores = NDArray[np.float64]
@@ -114,7 +114,7 @@ def activation(model: nn.Module, space: UnitSpace, batches: Iterable[Batch]) -> 
     ]
     count = 0
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             for batch in batches:
                 model(batch.images)
                 count += 1
@@ -174,7 +174,7 @@ def synflow(model: nn.Module, space: UnitSpace, batches: Iterable[Batch] = (), *
         for name, tensor in parameters.items()
     }
     state = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in buffers.items()}
-    with _evaluating(model):
+    with evaluating(model):
         ones = torch.ones((1, *shape), dtype=torch.float64, device=next(iter(positive.values())).device)
         total = torch.func.functional_call(model, {**positive, **state}, (ones,)).sum()
         gradients = torch.autograd.grad(total, list(positive.values()), allow_unused=True)
@@ -197,7 +197,7 @@ def _gate_gradients(model: nn.Module, space: UnitSpace, batches: Iterable[Batch]
     for parameter in wanted:
         parameter.requires_grad_(True)
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for batch in batches:
                 loss = F.cross_entropy(model(batch.images).float(), batch.labels)
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -209,18 +209,6 @@ def _gate_gradients(model: nn.Module, space: UnitSpace, batches: Iterable[Batch]
     finally:
         for parameter, flag in zip(wanted, flags, strict=True):
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so that batch norm statistics stay and dropout is off; modes are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _average(name: str, gates: list[Scores]) -> Scores:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kinprune.backbones import Backbone
-from kinprune.calibration import ClosedForm, ReconstructionLayer, closed_form, describe_layers
+from kinprune.calibration import ClosedForm, ReconstructionLayer, closed_form, describe_layers, solve_head
 from kinprune.calibration.head import HeadMethod
 from kinprune.errors import BudgetError
 from kinprune.evaluation import Evaluation, evaluate
@@ -78,6 +78,7 @@ class Pruned:
     """
 
     model: nn.Module
+    plan: Plan
     space: UnitSpace
     selection: Selection
     ranking: NDArray[np.int64]
@@ -126,7 +127,7 @@ def prune(
         ranking = shrinking.ranking()
     assert shrinking.selection is not None and shrinking.repair is not None
     return Pruned(
-        shrinking.model, space, shrinking.selection, ranking, shrinking.scores, shrinking.repair, training,
+        shrinking.model, plan, space, shrinking.selection, ranking, shrinking.scores, shrinking.repair, training,
         space.cost(space.whole_mask()), dense, start, final, seconds,
     )  # fmt: skip
 
@@ -175,13 +176,9 @@ class _Shrinking:
         )  # fmt: skip
 
     def solve_dense_head(self) -> None:
-        self._closed_form(self.model, None)
-
-    def _closed_form(self, model: nn.Module, dense: nn.Module | None) -> ClosedForm:
-        layers = _layers(self.space, self.mask, dense) if dense is not None and self.plan.reconstruct else ()
-        return closed_form(
-            model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
-            dense=dense if layers else None, layers=layers, method=self.plan.head, seed=self.plan.recipe.seed,
+        solve_head(
+            self.model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
+            method=self.plan.head,
         )  # fmt: skip
 
     def cut(self, number: int) -> None:
@@ -197,12 +194,11 @@ class _Shrinking:
         step = Mask(selection.mask.kept[self.mask.kept], current.fingerprint)
         self.model = extract(whole, current, step)
         self.removed_in[self.mask.kept & ~selection.mask.kept] = number
-        previous, self.mask, self.selection = self.mask, selection.mask, selection
+        self.mask, self.selection = selection.mask, selection
+        layers = _layers(current, step, whole) if self.plan.reconstruct else ()
         self.repair = closed_form(
             self.model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
-            dense=whole if self.plan.reconstruct else None,
-            layers=_layers(self.space.shrink(previous), step, whole) if self.plan.reconstruct else (),
-            method=self.plan.head, seed=self.plan.recipe.seed,
+            dense=whole if layers else None, layers=layers, method=self.plan.head, seed=self.plan.recipe.seed,
         )  # fmt: skip
         if not last:
             recipe = replace(self.plan.recipe, steps=self.plan.round_steps, seed=self.plan.recipe.seed + number + 1)

@@ -183,16 +183,17 @@ def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
 def best_inverse_temperature(scores: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
     """The b > 0 of least weighted cross-entropy of softmax(b * scores), and that cross-entropy.
 
-    The cross-entropy is convex in b, so its derivative, E_p[score] - score of the true class, is bisected, on
-    b from 1e-3 to 1e3. Truth is smoothed by 1 / (n + 2), as in Platt scaling, or n images all answered rightly would
-    ask for an infinite b. Without scores: a fixed scale and an infinite loss.
+    The cross-entropy is convex in b, so its derivative, E_p[score] - score of the true class, is bisected, on b from
+    1 to 1000: less would all but erase a head that answers by chance, and no training could start from it. Truth is
+    smoothed by 1 / (n + 2), as in Platt scaling, or n images all answered rightly would ask for an endless b.
+    Without scores: a fixed scale and an infinite loss.
     """
     if len(scores) == 0:
         return LONE_INVERSE_TEMPERATURE, float("inf")
     shares = weights / weights.sum()
     doubt = 1 / (len(scores) + 2)
     truth = (1 - doubt) * scores.gather(1, labels.unsqueeze(1)).squeeze(1) + doubt * scores.mean(1)
-    low, high = -3.0, 3.0
+    low, high = 0.0, 3.0
     for _ in range(30):
         middle = (low + high) / 2
         expected = ((10**middle * scores).softmax(1) * scores).sum(1)

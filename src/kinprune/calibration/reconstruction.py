@@ -157,7 +157,8 @@ class _Solver:
         stream = self.targets.take(name).to(present)
         if stream.shape != present.shape:
             self.results[name] = LayerReconstruction(
-                name, skipped=f"it answers {list(present.shape)}, the dense model's {list(stream.shape)}; "
+                name,
+                skipped=f"it answers {list(present.shape)}, the dense model's {list(stream.shape)}; "
                 "expected the same outputs, and one call a forward",
             )
             return None

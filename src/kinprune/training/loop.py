@@ -77,10 +77,11 @@ def fine_tune(
 
     The best state, the start among them, is the last one whose accuracy on the guard's images is within one image of
     the highest: later states had lower learning rates, and one image is chance. A state that is no better than the
-    start, by accuracy and then by loss, is never taken. The guard is ``held_back`` where it is given, else ``hold_back`` takes it from ``split``, else,
-    where a class has one image, the training images' loss alone decides. ``on_step(step, steps, loss)`` is called
-    after every step, steps counted from 1. ``teacher``, of the same classes, adds distillation: the Kullback-Leibler
-    divergence of softened answers times the squared temperature (Hinton et al. 2015).
+    start, by accuracy and then by loss, is never taken. The guard is ``held_back`` where it is given, else
+    ``hold_back`` takes it from ``split``, else, where a class has one image or nothing is to be held back, the
+    training images' loss alone decides. ``on_step(step, steps, loss)`` is called after every step, steps counted
+    from 1. ``teacher``, of the same classes, adds distillation: the Kullback-Leibler divergence of softened answers
+    times the squared temperature (Hinton et al. 2015).
 
     A KeyboardInterrupt ends training, not the program: the result says ``stopped``. A non-finite loss raises
     TrainingError. Whatever happens, an error of ``on_step`` too, the model is left in its best state. The same seed

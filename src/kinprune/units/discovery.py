@@ -16,10 +16,11 @@ from kinprune.units import layout as layouts
 from kinprune.units.axes import Axes, Form
 from kinprune.units.costs import StateTensor, cost_model
 from kinprune.units.layout import Fixed, Layout, Product, Sum, Units
+from kinprune.units.modes import evaluating
 from kinprune.units.rules import RULES
 from kinprune.units.space import Group, Kind, Mask, Part, PartRole, Shortcut, UnitSpace, Whole
 from kinprune.units.surgery import extract
-from kinprune.units.trace import ShapeRecorder, Step, Trace, evaluating, on_meta, watch
+from kinprune.units.trace import ShapeRecorder, Step, Trace, on_meta, watch
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nh")
 HEAD_WIDTHS = ("attn_dim", "all_head_dim", "all_head_size", "inner_dim", "key_attn_dim", "val_attn_dim", "out_dim")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kinprune.units.layout import Layout, groups, kept, size
+from kinprune.units.modes import forget
 from kinprune.units.space import Mask, UnitSpace
 
 Attribute = int | tuple[int, ...]
@@ -51,6 +52,7 @@ def extract(model: nn.Module, space: UnitSpace, mask: Mask) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
     small = copy.deepcopy(model, memo)
     set_attributes(small, attributes_of(space, [len(chosen) for chosen in units]))
+    forget(small)
     return small
 
 

@@ -7,8 +7,7 @@ said in ``rules``; an operation without a rule freezes whatever it touches, unde
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinprune.errors import UnitError
 from kinprune.units.axes import Axes
+from kinprune.units.modes import evaluating
 from kinprune.units.shapes import run
 
 DATA = "a dimension of the images or of the network's grid"
@@ -232,18 +232,6 @@ def on_meta(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def watch(model: nn.Module, image: Tensor, rules: Mapping[str, Any], trace: Trace) -> None:

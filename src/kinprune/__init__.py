@@ -1,0 +1,73 @@
+"""Kinprune: prune one pre-trained vision model for many small tasks, structurally and to exact budgets.
+
+Everything public is here; each name is imported when it is first used, so that ``import kinprune`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kinprune.artifact import Artifact, load, save
+    from kinprune.backbones import Backbone, BackboneSpec, load_backbone
+    from kinprune.calibration import closed_form
+    from kinprune.delivery import artifact_of
+    from kinprune.devices import OnnxExport, export_onnx, predict_onnx
+    from kinprune.errors import KinpruneError
+    from kinprune.evaluation import Evaluation, evaluate, predict
+    from kinprune.importance import Batch, normalise, rank, score
+    from kinprune.preprocessing import Preprocessing
+    from kinprune.pruning import Plan, Pruned, prune
+    from kinprune.selection import Budget, Selection, select, select_family
+    from kinprune.tasks import (
+        DecodedTask, Split, Task, decode, decode_image, load_task, load_torchvision, task_from_arrays,
+    )  # fmt: skip
+    from kinprune.training import Recipe, TrainingResult, fine_tune
+    from kinprune.units import Costs, Group, Mask, UnitSpace, extract, find_units
+
+_HOMES = {
+    "artifact": ("Artifact", "load", "save"),
+    "backbones": ("Backbone", "BackboneSpec", "load_backbone"),
+    "calibration": ("closed_form",),
+    "delivery": ("artifact_of",),
+    "devices": ("OnnxExport", "export_onnx", "predict_onnx"),
+    "errors": ("KinpruneError",),
+    "evaluation": ("Evaluation", "evaluate", "predict"),
+    "importance": ("Batch", "normalise", "rank", "score"),
+    "preprocessing": ("Preprocessing",),
+    "pruning": ("Plan", "Pruned", "prune"),
+    "selection": ("Budget", "Selection", "select", "select_family"),
+    "tasks": (
+        "DecodedTask", "Split", "Task", "decode", "decode_image", "load_task", "load_torchvision", "task_from_arrays",
+    ),
+    "training": ("Recipe", "TrainingResult", "fine_tune"),
+    "units": ("Costs", "Group", "Mask", "UnitSpace", "extract", "find_units"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Artifact", "Backbone", "BackboneSpec", "Batch", "Budget", "Costs", "DecodedTask", "Evaluation", "Group",
+    "KinpruneError", "Mask", "OnnxExport", "Plan", "Preprocessing", "Pruned", "Recipe", "Selection", "Split", "Task",
+    "TrainingResult", "UnitSpace", "artifact_of", "closed_form", "decode", "decode_image", "evaluate", "export_onnx",
+    "extract", "find_units", "fine_tune", "load", "load_backbone", "load_task", "load_torchvision", "normalise",
+    "predict", "predict_onnx", "prune", "rank", "save", "score", "select", "select_family", "task_from_arrays",
+]  # fmt: skip
+
+try:
+    __version__ = version("kinprune")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'kinprune' has no attribute {name!r}")
+    value = getattr(import_module(f"kinprune.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -1,0 +1,48 @@
+"""The application: its commands, each in its own module."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kinprune.cli.prune import prune_command
+from kinprune.cli.units import units_command
+from kinprune.cli.use import eval_command, export_command, predict_command
+
+app = typer.Typer(
+    name="kinprune",
+    help="Prune one pre-trained vision model for many small tasks, structurally and to exact budgets.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("units")(units_command)
+app.command("prune")(prune_command)
+app.command("eval")(eval_command)
+app.command("predict")(predict_command)
+app.command("export")(export_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import kinprune
+
+        typer.echo(kinprune.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Prune one pre-trained vision model for many small tasks, structurally and to exact budgets."""
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours."""
+    app()
