@@ -242,7 +242,7 @@ class _Shrinking:
 def _batches(split: Split, preprocessing: Preprocessing, plan: Plan, device: str) -> Iterator[Batch]:
     """Seeded batches of training images to score units with, drawn without replacement."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(plan.recipe.seed))
-    for chosen in order[: plan.score_images].split(plan.score_batch):
+    for chosen in torch.split(order[: plan.score_images], plan.score_batch):
         images = normalise_images(split.images[chosen].to(device), preprocessing)
         yield Batch(images, split.labels[chosen].to(device))
 

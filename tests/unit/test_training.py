@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -24,6 +25,15 @@ from kinprune.training.recipe import make_optimiser, optimiser_name, resolve_pre
 PREPROCESSING = Preprocessing(image_size=(32, 32))
 QUICK = Recipe(steps=8, batch_size=16, precision="float32")
 ABSURD = 1e4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose much where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def stripes(per_class: int, classes: int = 3, seed: int = 0) -> Split:

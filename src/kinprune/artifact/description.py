@@ -73,7 +73,7 @@ def describe(artifact: Artifact, aliases: Mapping[str, str], weights: bytes) -> 
             content[key] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
             raise ArtifactError(f"its {key} are no JSON ({error}), expected texts, finite numbers, lists") from error
-    return _render(content | {"digest": _digest(content)})
+    return render(content | {"digest": digest(content)})
 
 
 def installed(package: str) -> str:
@@ -104,7 +104,7 @@ def read_description(path: Path) -> dict[str, Any]:
         differing = ", ".join(sorted(map(repr, _KEYS.symmetric_difference(content)))[:3])
         raise ArtifactError(f"{path} has unknown keys or lacks some ({differing}): {GET_AGAIN}")
     # The text too: no byte may change unseen, a key given twice included.
-    if content["digest"] != _digest(content) or _render(content).encode() != raw:
+    if content["digest"] != digest(content) or render(content).encode() != raw:
         raise ArtifactError(f"{path} was altered after it was written: {GET_AGAIN}")
     return dict(content)
 
@@ -183,11 +183,13 @@ def _is_cut(new: Any, old: Any) -> bool:
     return type(new) is int and type(old) is int and 0 < new <= old
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_render({key: content[key] for key in content if key != "digest"}).encode()).hexdigest()
+def digest(content: Mapping[str, Any]) -> str:
+    """sha256 of a description's text without its digest."""
+    return hashlib.sha256(render({key: content[key] for key in content if key != "digest"}).encode()).hexdigest()
 
 
-def _render(content: Mapping[str, Any]) -> str:
+def render(content: Mapping[str, Any]) -> str:
+    """A description's text: the same for the same content. Raises ArtifactError if it is nested too deeply."""
     try:
         return _rendered(content, "") + "\n"
     except RecursionError as error:

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from kinprune.artifact import Artifact
 from kinprune.artifact.description import installed
 from kinprune.artifact.files import directory_beside, settle, settle_names
-from kinprune.errors import ExportError
+from kinprune.backbones.checkpoint import Hints
+from kinprune.backbones.inputs import resolve_preprocessing
+from kinprune.errors import BackboneError, ExportError
 from kinprune.preprocessing import Preprocessing
 
 OPSET = 20
@@ -85,31 +87,27 @@ def export_onnx(
             answers otherwise than PyTorch by more than ``tolerance``. Nothing is left behind.
     """
     target = _check_target(Path(path).expanduser())
-    if isinstance(model, Artifact):
-        model, classes, preprocessing = model.model, model.classes, model.preprocessing
-    if classes is None or preprocessing is None:
-        raise ExportError("a model is given without its classes or preprocessing: give both, or an artifact")
+    own, names, expected = _parts(model, classes, preprocessing)
     newest = _package("onnx").defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
         raise ExportError(f"opset is {opset}, expected {OLDEST_OPSET} to {newest}: {OPSET} runs nearly everywhere")
     _package("onnxscript")
     runtime = _package("onnxruntime") if check else None
-    original = _own_copy(model)
-    outputs = _run(original, _images(preprocessing, 1, seed)).shape[1]
-    if outputs != len(classes):
-        raise ExportError(f"{len(classes)} classes are given, but the model makes {outputs} logits: name every class")
+    outputs = _run(own, _images(expected, 1, seed)).shape[1]
+    if outputs != len(names):
+        raise ExportError(f"{len(names)} classes are given, but the model makes {outputs} logits: name every class")
     difference = None
     try:
         with directory_beside(target, "tmp") as temporary:
-            program = _translate(original, _images(preprocessing, 2, seed), opset)
-            _describe(program.model, classes, preprocessing)
+            program = _translate(own, _images(expected, 2, seed), opset)
+            _describe(program.model, names, expected)
             program.save(temporary / target.name)
             if runtime is not None:
-                difference = _compare(original, runtime, temporary / target.name, preprocessing, seed)
+                difference = _compare(own, runtime, temporary / target.name, expected, seed)
                 if not difference <= tolerance:
                     raise ExportError(
-                        f"ONNX Runtime {runtime.__version__} answers otherwise than PyTorch by {difference:.2g}, expected "
-                        f"at most {tolerance:.2g}: try another opset than {opset}, or allow a greater tolerance"
+                        f"ONNX Runtime {runtime.__version__} answers otherwise than PyTorch by {difference:.2g}, "
+                        f"expected at most {tolerance:.2g}: try another opset than {opset}, or a greater tolerance"
                     )
             size = _publish(temporary, target)
     except OSError as error:
@@ -169,6 +167,16 @@ def _package(name: str) -> ModuleType:
         raise ExportError(f'ONNX needs the package {name!r} ({error}): pip install "kinprune[onnx]"') from error
 
 
+def _parts(
+    model: Artifact | nn.Module, classes: Sequence[str] | None, preprocessing: Preprocessing | None
+) -> tuple[nn.Module, tuple[str, ...], Preprocessing]:
+    if isinstance(model, Artifact):
+        return _own_copy(model.model), model.classes, model.preprocessing
+    if classes is None or preprocessing is None:
+        raise ExportError("a model is given without its classes or preprocessing: give both, or an artifact")
+    return _own_copy(model), tuple(classes), preprocessing
+
+
 def _own_copy(model: nn.Module) -> nn.Module:
     """The model in float32, evaluation mode and on the CPU; tensors that are so already are shared."""
     memo: dict[int, Any] = {}
@@ -209,7 +217,7 @@ def _translate(model: nn.Module, images: Tensor, opset: int) -> torch.onnx.ONNXP
                 verbose=False,
                 input_names=["images"],
                 output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=opset,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
@@ -257,7 +265,7 @@ def _describe(model: Any, classes: Sequence[str], preprocessing: Preprocessing) 
 
 
 def _compare(model: nn.Module, runtime: ModuleType, path: Path, preprocessing: Preprocessing, seed: int) -> float:
-    session = _session(runtime, path)
+    session = _session(runtime, path, advice=f"try a lower opset, down to {OLDEST_OPSET}")
     worst = 0.0
     for batch in CHECKED_BATCHES:
         images = _images(preprocessing, batch, seed)
@@ -285,7 +293,7 @@ def _publish(temporary: Path, target: Path) -> int:
     return size
 
 
-def _session(runtime: ModuleType, path: Path, *, optimise: bool = True) -> Any:
+def _session(runtime: ModuleType, path: Path, *, optimise: bool = True, advice: str = "export it again") -> Any:
     if not path.is_file():
         raise ExportError(f"{path} is {'no file' if path.exists() else 'not there'}: give the file of an export")
     options = runtime.SessionOptions()
@@ -295,15 +303,14 @@ def _session(runtime: ModuleType, path: Path, *, optimise: bool = True) -> Any:
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no base of their own; the cause stays attached
-        raise ExportError(f"ONNX Runtime {runtime.__version__} cannot read {path}: {error}; export it again") from error
+        raise ExportError(f"ONNX Runtime {runtime.__version__} cannot read {path.name}: {error}; {advice}") from error
 
 
 def _metadata(session: Any, path: str | Path) -> OnnxMetadata:
     stored = session.get_modelmeta().custom_metadata_map
     try:
-        values = json.loads(stored["kinprune.preprocessing"])
-        lists = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        classes = tuple(json.loads(stored["kinprune.classes"]))
-        return OnnxMetadata(classes, Preprocessing(**lists), stored["kinprune.version"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        classes = json.loads(stored["kinprune.classes"])
+        preprocessing = resolve_preprocessing({}, Hints(), **json.loads(stored["kinprune.preprocessing"]))
+        return OnnxMetadata(tuple(classes), preprocessing, stored["kinprune.version"])
+    except (BackboneError, KeyError, TypeError, ValueError) as error:
         raise ExportError(f"{path} does not say its classes and preprocessing: export it with Kinprune") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
@@ -113,54 +113,33 @@ def fine_tune(
     finally:
         run.restore()
         model.eval()
-    return TrainingResult(
-        losses=tuple(run.losses),
-        curve=tuple(run.curve),
-        best_step=run.best_step,
-        guard="training" if guard is None else "held-back",
-        stopped=stopped,
-        seconds=perf_counter() - started,
-        images_seen=len(run.losses) * run.batch_size,
-        optimiser=optimiser,
-        learning_rate=run.learning_rate,
-        precision=run.precision,
-    )
+    return run.result(stopped, perf_counter() - started)
 
 
+@dataclass(eq=False)
 class _Run:
     """A fine-tuning under way: what it works on, what it has seen, and the best state so far."""
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        train: Split,
-        guard: Split,
-        judged_by_accuracy: bool,
-        preprocessing: Preprocessing,
-        recipe: Recipe,
-        optimiser: str,
-        learning_rate: float,
-        precision: str,
-        teacher: nn.Module | None,
-    ) -> None:
-        self.model = model
-        self.train = train
-        self.guard = guard
-        self.judged_by_accuracy = judged_by_accuracy
-        self.preprocessing = preprocessing
-        self.recipe = recipe
-        self.optimiser = optimiser
-        self.learning_rate = learning_rate
-        self.precision = precision
-        self.teacher = teacher
-        self.batch_size = min(recipe.batch_size, len(train.labels))
-        self.losses: list[float] = []
-        self.curve: list[CurvePoint] = []
-        self.best_step = 0
-        self.start_score = (-math.inf, -math.inf)
-        self.best_score = (-math.inf, -math.inf)
-        self.best_state: dict[str, Tensor] = {}
+    model: nn.Module
+    train: Split
+    guard: Split
+    judged_by_accuracy: bool
+    preprocessing: Preprocessing
+    recipe: Recipe
+    optimiser: str
+    learning_rate: float
+    precision: str
+    teacher: nn.Module | None
+    losses: list[float] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
+    best_step: int = 0
+    start_score: tuple[float, float] = (-math.inf, -math.inf)
+    best_score: tuple[float, float] = (-math.inf, -math.inf)
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.recipe.batch_size, len(self.train.labels))
 
     def go(self, on_step: OnStep | None) -> None:
         recipe = self.recipe
@@ -235,6 +214,20 @@ class _Run:
         for name, tensor in self.model.state_dict().items():
             if name in self.best_state:
                 tensor.copy_(self.best_state[name])
+
+    def result(self, stopped: bool, seconds: float) -> TrainingResult:
+        return TrainingResult(
+            losses=tuple(self.losses),
+            curve=tuple(self.curve),
+            best_step=self.best_step,
+            guard="held-back" if self.judged_by_accuracy else "training",
+            stopped=stopped,
+            seconds=seconds,
+            images_seen=len(self.losses) * self.batch_size,
+            optimiser=self.optimiser,
+            learning_rate=self.learning_rate,
+            precision=self.precision,
+        )
 
 
 @contextmanager

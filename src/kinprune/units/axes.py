@@ -309,8 +309,8 @@ class Axes:
                 return None
             part = self._piece(self.find(outer), low // width, high // width)
             return None if part is None else self.product([part, *inner])
-        if self.forms[segment] is not Form.LEAF:
-            return None
+        if self.forms[segment] is Form.SUM:
+            return self.slice(segment, low, high)
         cuts = [(0, low), (low, high), (high, size)]
         parts = self._refine(segment, Form.SUM, [b - a for a, b in cuts if b > a])
         return parts[1] if low else parts[0]

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, cast
 
 import torch
@@ -52,6 +53,32 @@ class Draft:
     def axes(self) -> Axes:
         return self.trace.axes
 
+    def leaves(self, axis: int) -> tuple[int, ...]:
+        """The leaves below an axis, kept: no axis changes once leaves are chosen."""
+        if axis not in self._leaves:
+            self._leaves[axis] = tuple(self.axes.leaves(axis))
+        return self._leaves[axis]
+
+    @cached_property
+    def head_counts(self) -> dict[int, list[tuple[str, str]]]:
+        """The (module, attribute) pairs that may count heads, by the number they hold."""
+        found: dict[int, list[tuple[str, str]]] = {}
+        for name, module in self.model.named_modules():
+            for attribute in HEAD_COUNTS:
+                value = getattr(module, attribute, None)
+                if isinstance(value, int):
+                    found.setdefault(value, []).append((name, attribute))
+        return found
+
+    @cached_property
+    def cut_layers(self) -> dict[int, set[str]]:
+        """The layers of whose tensors a leaf is a part."""
+        found: dict[int, set[str]] = {}
+        for name, axes in self.trace.parameters.items():
+            for leaf in {leaf for axis in axes for leaf in self.axes.leaves(axis)}:
+                found.setdefault(leaf, set()).add(_layer(name))
+        return found
+
 
 def find_units(
     model: nn.Module, image_size: tuple[int, int], *, channels: int = 3, stream: bool = False, head: str | None = None
@@ -83,9 +110,12 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, Trace]:
     """Trace on the meta device, or for real where the model cannot run there (it reads values)."""
     meta, trace = on_meta(model), Trace()
     reference = _reference(model)
+    buffers = list(meta.buffers())
     try:
         watch(meta, torch.empty(shape, device="meta", dtype=reference.dtype), RULES, trace)
-        return meta, trace
+        # A model that replaced a buffer on the way (a grid kept for next time) would not run the same again.
+        same = all(now is before for now, before in zip(meta.buffers(), buffers, strict=True))
+        return meta if same else on_meta(model), trace
     except UnitError:
         raise
     except Exception:  # whatever it is: the model's own error comes again below, where nobody watches it
@@ -275,23 +305,23 @@ def _head_attributes(draft: Draft, leaf: int, number: int, owner: str) -> list[t
     """The (module, attribute) pairs by which the owner of attention heads, and modules inside it, count them."""
     size = draft.axes.size(leaf)
     found: list[tuple[str, str, Layout]] = []
-    for name, module in draft.model.get_submodule(owner).named_modules(prefix=owner):
-        counts = [attribute for attribute in HEAD_COUNTS if getattr(module, attribute, None) == size]
-        found += [(name, attribute, Units(number)) for attribute in counts]
-        for attribute in HEAD_WIDTHS if counts else ():
-            value = getattr(module, attribute, None)
+    for name, attribute in draft.head_counts.get(size, ()):
+        if owner and not f"{name}.".startswith(f"{owner}."):
+            continue
+        module = draft.model.get_submodule(name)
+        found.append((name, attribute, Units(number)))
+        for width in HEAD_WIDTHS:
+            value = getattr(module, width, None)
             if isinstance(value, int) and value % size == 0:
-                found.append((name, attribute, Product((Units(number), Fixed(value // size)))))
+                found.append((name, width, Product((Units(number), Fixed(value // size)))))
     return found
 
 
 def _inner_shapes(draft: Draft, leaf: int, number: int, owner: str) -> list[tuple[str, str, tuple[Layout, ...]]]:
     """Shapes that modules inside ``owner`` keep to view their weights with, where one side is the group's size."""
     size = draft.axes.size(leaf)
-    cut = {_layer(name) for name, axes in draft.trace.parameters.items() for axis in axes
-           if leaf in draft.axes.leaves(axis)}  # fmt: skip
     found: list[tuple[str, str, tuple[Layout, ...]]] = []
-    for name in cut:
+    for name in draft.cut_layers.get(leaf, ()):
         module = draft.model.get_submodule(name)
         for attribute in INNER_SHAPES:
             value = getattr(module, attribute, None)

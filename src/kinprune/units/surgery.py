@@ -47,13 +47,20 @@ def extract(model: nn.Module, space: UnitSpace, mask: Mask) -> nn.Module:
                 continue
             if layout not in indices:
                 indices[layout] = torch.from_numpy(kept(layout, units, counts))
-            cut = cut.index_select(dimension, indices[layout].to(tensor.device))
+            cut = _take(cut, dimension, indices[layout].to(tensor.device))
         cut = cut.clone() if cut.untyped_storage() is tensor.untyped_storage() or cut.shape == tensor.shape else cut
         memo[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
     small = copy.deepcopy(model, memo)
     set_attributes(small, attributes_of(space, [len(chosen) for chosen in units]))
     forget(small)
     return small
+
+
+def _take(tensor: Tensor, dimension: int, indices: Tensor) -> Tensor:
+    """``index_select``; along the last dimension PyTorch's ``gather`` does the same many times faster."""
+    if dimension == 0 or dimension < tensor.dim() - 1:
+        return tensor.index_select(dimension, indices)
+    return tensor.gather(dimension, indices.expand(*tensor.shape[:-1], -1))
 
 
 def attributes_of(space: UnitSpace, counts: list[int]) -> dict[str, dict[str, Attribute]]:

@@ -1,0 +1,38 @@
+"""What commands print: one JSON object, or text and tables for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+
+
+def show_json(value: Any) -> None:
+    """One JSON object on standard output; numbers that are not finite would not be JSON and are an error."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error."""
+    typer.echo(text, err=True)
+
+
+def console() -> Console:
+    """Standard output for tables. Names of classes and files are shown as they are: ``[b]`` is no markup in them."""
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def count(value: float) -> str:
+    """A count for people: 1.24 M."""
+    for scale, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= 0.9995 * scale:  # 999,600 is 1 M, not 1000 k
+            return f"{value / scale:.3g}{name}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes for people: 4.62 MB."""
+    return f"{count(value)}B" if value >= 999.5 else f"{value:.0f} B"
