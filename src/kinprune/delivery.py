@@ -44,7 +44,9 @@ def artifact_of(pruned: Pruned, backbone: Backbone, task: DecodedTask) -> Artifa
 def summarise(pruned: Pruned) -> dict[str, Any]:
     """What a script wants to know of a pruned model, in JSON's own types."""
     counts = pruned.space.counts(pruned.selection.mask.kept).tolist()
+    budget = {name: value for name, value in asdict(pruned.plan.budget).items() if value is not None}
     return {
+        "budget": budget,
         "accuracy": pruned.final.accuracy,
         "accuracy_closed_form": pruned.start.accuracy,
         "accuracy_dense": pruned.dense.accuracy,

@@ -199,7 +199,8 @@ def _gate_gradients(model: nn.Module, space: UnitSpace, batches: Iterable[Batch]
     try:
         with evaluating(model):
             for batch in batches:
-                loss = F.cross_entropy(model(batch.images).float(), batch.labels)
+                logits = model(batch.images)
+                loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.labels)
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
                 products = {
                     name: torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient

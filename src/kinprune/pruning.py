@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import get_args
 
 import numpy as np
 import torch
@@ -64,8 +65,12 @@ class Plan:
         ):  # fmt: skip
             if value < least:
                 raise BudgetError(f"{name} is {value}, expected a whole number of at least {least}")
-        if self.criterion not in CRITERIA:
-            raise BudgetError(f"there is no method '{self.criterion}', expected one of: {', '.join(CRITERIA)}")
+        for name, word, known in (
+            ("method", self.criterion, CRITERIA), ("allocation", self.allocation, get_args(Allocation)),
+            ("normalisation", self.normalisation, get_args(Normalisation)), ("head", self.head, get_args(HeadMethod)),
+        ):  # fmt: skip
+            if word not in known:
+                raise BudgetError(f"there is no {name} '{word}', expected one of: {', '.join(known)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +111,7 @@ def prune(
     """
     seconds: dict[str, float] = {}
     with _stage(seconds, "units"):
-        space = find_units(
-            backbone.model, task.preprocessing.image_size, stream=plan.stream, head=backbone.spec.head
-        )
-        _check_budget(space, plan)
+        space = unit_space(backbone, plan, image_size=task.preprocessing.image_size)
     shrinking = _Shrinking.begin(backbone, task, plan, space, device, on_step)
     with _stage(seconds, "dense"):
         shrinking.solve_dense_head()
@@ -132,16 +134,26 @@ def prune(
     )  # fmt: skip
 
 
+def unit_space(backbone: Backbone, plan: Plan, *, image_size: tuple[int, int] | None = None) -> UnitSpace:
+    """The units that a plan chooses among; asks for no data, so that bad budgets are refused before any are decoded.
+
+    ``image_size`` (height, width) is the backbone's own where none is given.
+
+    Raises:
+        UnitError: nothing can be pruned.
+        BudgetError: the budget cannot be reached; whether it can does not depend on scores.
+    """
+    size = backbone.preprocessing.image_size if image_size is None else image_size
+    space = find_units(backbone.model, size, stream=plan.stream, head=backbone.head)
+    select(space, np.zeros(len(space)), plan.budget, multiple=plan.multiple)
+    return space
+
+
 @contextmanager
 def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + perf_counter() - started
-
-
-def _check_budget(space: UnitSpace, plan: Plan) -> None:
-    """Refuse an impossible budget before any work: whether it can be reached does not depend on scores."""
-    select(space, np.zeros(len(space)), plan.budget, multiple=plan.multiple)
 
 
 @dataclass(eq=False)
@@ -205,7 +217,7 @@ class _Shrinking:
             self.train(recipe, f"round {number + 1}", interruptible=False)
 
     def _budget(self, number: int) -> Budget:
-        """This round's budget: shares of the whole that shrink by the same factor every round."""
+        """The round's budget: shares of the whole that shrink by the same factor every round."""
         share = (number + 1) / self.plan.rounds
         budget, whole = self.plan.budget, self.space.cost(self.space.whole_mask())
         if share == 1:

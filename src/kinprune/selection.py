@@ -218,8 +218,7 @@ def _up_to_share(space: UnitSpace, blocks: _Blocks, keep: float, allocation: All
         removed[order] = blocks.ceiling[groups] - (before - starts[groups]) > wanted[groups]
     else:
         excess = int(blocks.ceiling.sum()) - max(math.floor(len(space) * keep + 1e-9), 0)
-        before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(blocks.sizes)[:-1]])
-        removed = before < excess
+        removed = np.cumsum(blocks.sizes) - blocks.sizes < excess
     gone = np.bincount(blocks.groups[removed], blocks.sizes[removed], minlength=len(blocks.floor)).astype(np.int64)
     rest = ~removed
     return _Blocks(blocks.places, blocks.floor, blocks.ceiling - gone, blocks.groups[rest], blocks.sizes[rest])

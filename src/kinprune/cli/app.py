@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kinprune.cli.help import Sectioned
 from kinprune.cli.prune import prune_command
 from kinprune.cli.units import units_command
 from kinprune.cli.use import eval_command, export_command, predict_command
@@ -19,11 +20,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("units")(units_command)
-app.command("prune")(prune_command)
-app.command("eval")(eval_command)
-app.command("predict")(predict_command)
-app.command("export")(export_command)
+app.command("units", cls=Sectioned)(units_command)
+app.command("prune", cls=Sectioned)(prune_command)
+app.command("eval", cls=Sectioned)(eval_command)
+app.command("predict", cls=Sectioned)(predict_command)
+app.command("export", cls=Sectioned)(export_command)
 
 
 def _version(wanted: bool) -> None:

@@ -7,21 +7,26 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from kinprune.cli.options import SECTIONS
+
 
 class Sectioned(TyperCommand):
-    """A command whose ``--help`` has a section for each of its options' ``rich_help_panel``."""
+    """A command whose ``--help`` has a section for each ``rich_help_panel`` of its options."""
 
     def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
-        """Write the sections in the order of their first options; those without one come last."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        others: list[tuple[str, str]] = []
+        """Write arguments first, then the sections in order."""
+        arguments, others = "Arguments", "Help"
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (arguments, *SECTIONS, others)}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
-                panel = getattr(parameter, "rich_help_panel", None)
-                title = "Arguments" if parameter.param_type_name == "argument" else panel
-                (others if title is None else sections.setdefault(title, [])).append(record)
-        for title, records in [*sections.items(), ("Other options", others)]:
+            if record is None:
+                continue
+            name, text = record
+            if parameter.param_type_name == "argument":
+                sections[arguments].append((name.partition(" ")[0], text))
+            else:
+                sections[getattr(parameter, "rich_help_panel", None) or others].append((name, text))
+        for title, records in sections.items():
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)

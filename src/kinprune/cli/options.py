@@ -10,9 +10,10 @@ import typer
 
 from kinprune.cli.values import between, whole
 
-DATA, MODEL, BUDGET, PRUNING, TRAINING, RUNNING = (
-    "Data", "Model", "Budget: at least one; of several, all hold", "Pruning", "Fine-tuning", "Running and output",
+SECTIONS = DATA, MODEL, BUDGET, PRUNING, TRAINING, RUNNING = (
+    "Data", "Model", "Budget (one or more, all of them hold)", "Pruning", "Fine-tuning", "Running and output",
 )  # fmt: skip
+"""The sections of a command's help, in their order."""
 
 ModelName = Annotated[
     str, typer.Option(
@@ -85,7 +86,8 @@ Seed = Annotated[
     ),
 ]  # fmt: skip
 Device = Annotated[
-    str, typer.Option("--device", metavar="NAME", rich_help_panel=RUNNING, help="Where to compute: cpu, cuda or cuda:N.")
+    str,
+    typer.Option("--device", metavar="NAME", rich_help_panel=RUNNING, help="Where to compute: cpu, cuda or cuda:N."),
 ]
 Threads = Annotated[
     int | None, typer.Option(

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import typer
 
-from kinprune.cli.output import say
+from kinprune.cli.output import say, show_json
 from kinprune.errors import BackboneError, KinpruneError
 
 P = ParamSpec("P")
 
 
-def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn the errors a user can cause into one message on standard error and exit code 2, Ctrl-C into 130."""
+def guarded(command: Callable[P, dict[str, Any] | None]) -> Callable[P, None]:
+    """Make a command of a function that gives what ``--json`` is to show, or None where it has shown its results.
+
+    The errors a user can cause become one message on standard error and exit code 2, Ctrl-C becomes 130.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            # What a model of someone's own prints must not come between JSON's lines.
+            with contextlib.redirect_stdout(sys.stderr) if kwargs["json"] else contextlib.nullcontext():
+                answer = command(*args, **kwargs)
         except KinpruneError as error:
             say(f"kinprune: {error}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
             say("kinprune: interrupted; nothing was written")
             raise typer.Exit(130) from interrupt
+        if answer is not None:
+            show_json(answer)
 
     return run
 

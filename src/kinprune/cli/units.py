@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kinprune.cli.options import (
-    Device, ImageSize, Json, Random, Seed, Threads, Weights, begin, count, guarded, show_json, size,
-)  # fmt: skip
+from kinprune.cli.options import MODEL, Device, ImageSize, Json, Seed, Stream, Threads
+from kinprune.cli.output import console, count, size
+from kinprune.cli.running import begin, guarded
+from kinprune.cli.values import whole
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from kinprune.units import UnitSpace
 
 
 @guarded
 def units_command(
-    model: Annotated[str, typer.Argument(help="A timm model name, or module:factory of your own code.")],
-    weights: Weights = None,
-    random: Random = False,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A timm model name, or MODULE:FACTORY of your own code.")
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            rich_help_panel=MODEL,
+            help="The model's weights in a safetensors file: checked that they fit, and asked for the image size.",
+        ),
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", hidden=True)] = False,
     image_size: ImageSize = None,
-    num_classes: Annotated[int, typer.Option("--num-classes", min=1, help="Outputs of the classifier.")] = 1000,
-    stream: Annotated[bool, typer.Option("--stream", help="Residual-stream channels too.")] = False,
+    num_classes: Annotated[
+        int,
+        typer.Option(
+            "--num-classes", metavar="N", parser=whole(1), rich_help_panel=MODEL, help="Outputs of the classifier."
+        ),
+    ] = 1000,
+    stream: Stream = False,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
-) -> None:
-    """Show a model's units: groups, parameters, MACs, and what cannot be pruned.
+) -> dict[str, Any] | None:
+    """Show a model's units: what they cost, and what cannot be cut.
 
-    Weights are not needed: without --weights the architecture alone is built.
+    Costs are for one image: parameters, multiply-accumulates (MACs), bytes of weights, peak memory while it runs.
+    Weights are not needed: without --weights nothing is fetched and the architecture alone is built.
     """
     begin(device, threads)
     from kinprune.backbones import load_backbone
@@ -43,9 +63,9 @@ def units_command(
     space = find_units(backbone.model, backbone.preprocessing.image_size, stream=stream, head=backbone.head)
     described = _describe(model, space, backbone.preprocessing.image_size)
     if json:
-        show_json(described)
-    else:
-        _print(described)
+        return described
+    _print(described)
+    return None
 
 
 def _describe(model: str, space: UnitSpace, image_size: tuple[int, int]) -> dict[str, Any]:
@@ -79,37 +99,51 @@ def _describe(model: str, space: UnitSpace, image_size: tuple[int, int]) -> dict
 
 
 def _print(described: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title=f"{described['model']} at {' x '.join(map(str, described['image_size']))} px", title_style="")
-    for name, justify in (("group", "left"), ("kind", "left"), ("units", "right"), ("parameters", "right"),
-                          ("MACs", "right"), ("", "left")):  # fmt: skip
-        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
-    for group in described["groups"]:
-        note = "statistics run over the units" if group["normalised"] else ""
-        width = f" x {group['width']}" if group["width"] > 1 else ""
-        table.add_row(
-            group["name"], group["kind"], f"{group['units']}{width}", count(group["parameters"]),
-            count(group["macs"]), note,
-        )  # fmt: skip
-    console.print(table)
-    reasons: dict[str, list[dict[str, Any]]] = {}
-    for layer in described["whole"]:
-        reasons.setdefault(layer["reason"], []).append(layer)
-    if reasons:
-        kept = Table(title="kept whole", title_style="")
-        for name in ("why", "layers", "such as"):
-            kept.add_column(name, overflow="fold")
-        for reason, layers in reasons.items():
-            kept.add_row(reason, str(len(layers)), ", ".join(layer["layer"] for layer in layers[:3]))
-        console.print(kept)
+    shown = console()
+    shown.print(_groups(described))
+    if described["whole"]:
+        shown.print(_kept_whole(described["whole"]))
     costs, smallest = described["costs"], described["smallest"]
-    console.print(
+    shown.print(
         f"{costs['units']:,} units in {len(described['groups'])} groups. Parameters {count(costs['parameters'])} "
         f"(down to {count(smallest['parameters'])}), MACs {count(costs['macs'])} (down to {count(smallest['macs'])}), "
         f"weights {size(costs['weight_bytes'])}, peak memory {size(costs['peak_memory_bytes'])}.",
-        highlight=False,
         soft_wrap=True,
     )
+
+
+def _groups(described: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    sides = " x ".join(map(str, described["image_size"]))
+    table = Table(title=f"{described['model']}, images of {sides} pixels", title_style="")
+    table.add_column("group", overflow="fold")
+    table.add_column("kind")
+    for name in ("units", "parameters", "MACs"):
+        table.add_column(name, justify="right")
+    normalised = any(group["normalised"] for group in described["groups"])
+    if normalised:
+        table.add_column("note")
+    for group in described["groups"]:
+        wide = f" of {group['width']}" if group["width"] > 1 else ""
+        note = ["normalised over the units" if group["normalised"] else ""] if normalised else []
+        table.add_row(
+            group["name"], group["kind"], f"{group['units']}{wide}", count(group["parameters"]), count(group["macs"]),
+            *note,
+        )  # fmt: skip
+    return table
+
+
+def _kept_whole(layers: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        reasons.setdefault(layer["reason"], []).append(layer["layer"])
+    table = Table(title="Kept whole", title_style="")
+    table.add_column("why")
+    table.add_column("layers", justify="right")
+    table.add_column("such as", overflow="fold")
+    for reason, names in reasons.items():
+        table.add_row(reason, str(len(names)), ", ".join(names[:3]))
+    return table

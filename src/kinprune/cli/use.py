@@ -4,36 +4,52 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kinprune.cli.options import (
-    BatchSize, Device, ImageColumn, Json, LabelColumn, Seed, Shots, TestFraction, Threads, begin, guarded, say,
-    show_json, size,
+    RUNNING,
+    BatchSize,
+    Device,
+    ImageColumn,
+    Json,
+    LabelColumn,
+    Seed,
+    TestFraction,
+    Threads,
+    Tolerance,
 )  # fmt: skip
+from kinprune.cli.output import console, say, size
+from kinprune.cli.running import begin, guarded
+from kinprune.cli.values import whole
+from kinprune.errors import ExportError, TaskError
 
-Directory = Annotated[Path, typer.Argument(help="An artifact's directory.")]
+if TYPE_CHECKING:
+    from kinprune.evaluation import Evaluation
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's directory, as prune wrote it.")]
 
 
 @guarded
 def eval_command(
     directory: Directory,
-    data: Annotated[str, typer.Argument(help="Labelled images, as for prune; their test part is used.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Labelled images, as for prune; their test part is measured on.")
+    ],
     batch_size: BatchSize = 128,
     test_fraction: TestFraction = 0.2,
-    shots: Shots = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
-) -> None:
-    """Measure an artifact on a task's test images.
+) -> dict[str, Any] | None:
+    """Measure an artifact's accuracy on a task's test images.
 
-    The classes are the artifact's own. Where the data have no split, give the seed and share the artifact was made
-    with, or training images are among those tested.
+    The classes are the artifact's own. Where the data have no test part, give the --seed and --test-fraction that the
+    artifact was made with, or training images are among those tested.
     """
     begin(device, threads)
     from kinprune.artifact import load
@@ -42,22 +58,20 @@ def eval_command(
 
     artifact = load(directory)
     task = load_task(
-        data, classes=list(artifact.classes), shots=shots, test_fraction=test_fraction, seed=seed,
+        data, classes=list(artifact.classes), test_fraction=test_fraction, seed=seed,
         image_column=image_column, label_column=label_column,
     )  # fmt: skip
     decoded = decode(task, artifact.preprocessing, progress=True, threads=threads)
     found = evaluate(artifact.model, decoded.test, artifact.preprocessing, batch_size=batch_size, device=device)
     if json:
-        show_json({"artifact": str(directory), "task": task.name, "classes": list(artifact.classes), **found.to_json()})
-    else:
-        _print_evaluation(artifact.classes, found)
+        return {"artifact": str(directory), "task": task.name, "classes": list(artifact.classes), **found.to_json()}
+    _print_evaluation(artifact.classes, found)
+    return None
 
 
-def _print_evaluation(classes: tuple[str, ...], found: Any) -> None:
-    from rich.console import Console
+def _print_evaluation(classes: tuple[str, ...], found: Evaluation) -> None:
     from rich.table import Table
 
-    console = Console()
     table = Table()
     table.add_column("class", overflow="fold")
     for name in ("accuracy", "images", "most often taken for"):
@@ -68,27 +82,36 @@ def _print_evaluation(classes: tuple[str, ...], found: Any) -> None:
         mistaken = f"{classes[int(row.argmax())]} ({int(row.max())})" if row.max() > 0 else ""
         share = found.per_class[number]
         table.add_row(name, "" if share is None else f"{share:.1%}", str(total), mistaken)
-    console.print(table)
-    console.print(f"Accuracy {found.accuracy:.2%} on {found.n:,} images, loss {found.loss:.3f}.", highlight=False, soft_wrap=True)
+    shown = console()
+    shown.print(table)
+    shown.print(f"Accuracy {found.accuracy:.2%} on {found.n:,} images, loss {found.loss:.3f}.", soft_wrap=True)
 
 
 @guarded
 def predict_command(
     directory: Directory,
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes to show for each image.")] = 1,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")],
+    top: Annotated[
+        int,
+        typer.Option(
+            "--top",
+            metavar="N",
+            parser=whole(1),
+            rich_help_panel=RUNNING,
+            help="Show the N most probable classes of each image.",
+        ),
+    ] = 1,
     batch_size: BatchSize = 64,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
-) -> None:
-    """Say what is on images."""
+) -> dict[str, Any] | None:
+    """Say which class images are of, with its probability."""
     begin(device, threads)
     import torch
 
     from kinprune.artifact import load
-    from kinprune.errors import TaskError
     from kinprune.evaluation import predict
     from kinprune.progress import track
     from kinprune.tasks import decode_image, list_images
@@ -111,41 +134,49 @@ def predict_command(
         for path, values, places in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     if json:
-        show_json({"artifact": str(directory), "predictions": answers})
-        return
+        return {"artifact": str(directory), "predictions": answers}
     for answer in answers:
         classes: Any = answer["classes"]
         listed = ", ".join(f"{found['name']} ({found['probability']:.1%})" for found in classes)
         typer.echo(f"{answer['image']}: {listed}")
+    return None
 
 
 @guarded
 def export_command(
     directory: Directory,
-    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: model.onnx in DIRECTORY.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit that is accepted.")] = 1e-4,
+    format: Annotated[
+        str, typer.Option("--format", metavar="NAME", rich_help_panel=RUNNING, help="The format: onnx.")
+    ] = "onnx",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", rich_help_panel=RUNNING, help="File to write. [default: model.onnx in DIR]"
+        ),
+    ] = None,
+    tolerance: Tolerance = 1e-4,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
-) -> None:
-    """Write an artifact in another runtime's format, and check that it answers the same there."""
+) -> dict[str, Any] | None:
+    """Write an artifact as ONNX, checked in ONNX Runtime.
+
+    The file takes batches of any size and knows its classes and preprocessing. It is only kept if ONNX Runtime gives
+    the same logits as PyTorch.
+    """
+    if format != "onnx":
+        raise ExportError(f"there is no export format '{format}', expected onnx")
     begin(device, threads)
     from kinprune.artifact import load
     from kinprune.devices import export_onnx
-    from kinprune.errors import ExportError
 
-    if format != "onnx":
-        raise ExportError(f"there is no export format '{format}', expected onnx")
     artifact = load(directory)
     path = directory / "model.onnx" if out is None else out
     say(f"exporting {artifact.spec.name} to {path}")
-    found = export_onnx(artifact, path, tolerance=tolerance)
+    found = export_onnx(artifact, path, tolerance=tolerance, seed=seed)
     if json:
-        show_json({"artifact": str(directory), "format": format, **{k: str(v) if isinstance(v, Path) else v
-                                                                    for k, v in asdict(found).items()}})  # fmt: skip
-    else:
-        typer.echo(
-            f"{path}: {size(found.bytes)}, opset {found.opset}, logits within {found.max_difference:.1e} of PyTorch's"
-        )
+        return {"artifact": str(directory), "format": format, **asdict(found), "path": str(found.path)}
+    close = f"logits within {found.max_difference:.1e} of PyTorch's"
+    typer.echo(f"{path}: {size(found.bytes)}, opset {found.opset}, {close}")
+    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import io
 import json
 import logging
 import os
@@ -222,7 +223,10 @@ def _translate(model: nn.Module, images: Tensor, opset: int) -> torch.onnx.ONNXP
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ExportError(f"PyTorch cannot export the model to ONNX: {reason}; try a newer PyTorch") from error
+        raise ExportError(
+            f"PyTorch cannot export the model to ONNX: {reason}; have no branch on values in its forward, "
+            "or try a newer PyTorch"
+        ) from error
     assert program is not None  # None comes only from the exporter of before
     batch = program.model.graph.inputs[0].shape
     if batch is None or isinstance(batch[0], int):
@@ -235,13 +239,14 @@ def _translate(model: nn.Module, images: Tensor, opset: int) -> torch.onnx.ONNXP
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of its inner life in warnings and logs: what matters it raises."""
+    """The exporter tells of its inner life in warnings, logs and prints: what matters it raises."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        printed = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             warnings.simplefilter("ignore")
             yield
     finally:

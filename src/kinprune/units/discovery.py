@@ -48,15 +48,16 @@ class Draft:
     producers: dict[int, list[str]] = field(default_factory=dict)
     consumers: dict[int, list[str]] = field(default_factory=dict)
     chosen: list[int] = field(default_factory=list)
+    _leaves: dict[int, frozenset[int]] = field(default_factory=dict)
 
     @property
     def axes(self) -> Axes:
         return self.trace.axes
 
-    def leaves(self, axis: int) -> tuple[int, ...]:
-        """The leaves below an axis, kept: no axis changes once leaves are chosen."""
+    def leaves(self, axis: int) -> frozenset[int]:
+        """The leaves below an axis, kept: once some are chosen no axis changes."""
         if axis not in self._leaves:
-            self._leaves[axis] = tuple(self.axes.leaves(axis))
+            self._leaves[axis] = frozenset(self.axes.leaves(axis))
         return self._leaves[axis]
 
     @cached_property
@@ -75,7 +76,7 @@ class Draft:
         """The layers of whose tensors a leaf is a part."""
         found: dict[int, set[str]] = {}
         for name, axes in self.trace.parameters.items():
-            for leaf in {leaf for axis in axes for leaf in self.axes.leaves(axis)}:
+            for leaf in frozenset[int]().union(*(self.leaves(axis) for axis in axes)):
                 found.setdefault(leaf, set()).add(_layer(name))
         return found
 
@@ -294,6 +295,7 @@ def _attributes(draft: Draft, made: _Layouts) -> dict[tuple[str, str], Layout | 
             result[name, attribute] = count
         for name, attribute, sides in _inner_shapes(draft, leaf, number, owner):
             result[name, attribute] = sides
+    result.update(_split_sizes(draft, made))
     return {key: value for key, value in result.items() if _moves(value)}
 
 
@@ -328,6 +330,20 @@ def _inner_shapes(draft: Draft, leaf: int, number: int, owner: str) -> list[tupl
             if isinstance(value, tuple) and value.count(size) == 1:
                 sides = tuple(Units(number) if side == size else Fixed(side) for side in value)
                 found.append((name, attribute, sides))
+    return found
+
+
+def _split_sizes(draft: Draft, made: _Layouts) -> dict[tuple[str, str], tuple[Layout, ...]]:
+    """Sizes that modules keep to split their tensors by."""
+    found: dict[tuple[str, str], tuple[Layout, ...]] = {}
+    for step in draft.trace.steps:
+        if step.name != "split_with_sizes":
+            continue
+        for pieces in zip(*step.outputs, strict=True):  # a dimension at a time
+            sizes = [draft.axes.size(piece) for piece in pieces]
+            for attribute, value in vars(draft.model.get_submodule(step.module)).items():
+                if isinstance(value, (list, tuple)) and list(value) == sizes:
+                    found[step.module, attribute] = tuple(made[piece] for piece in pieces)
     return found
 
 
@@ -373,9 +389,9 @@ def _kind(draft: Draft, leaf: int, producer: str) -> Kind:
 def _part(draft: Draft, leaf: int, tensor: str, dimension: int) -> Part:
     role: PartRole = "carries"
     known = draft.trace.roles.get(tensor)
-    leaves = draft.axes.leaves(draft.trace.parameters[tensor][dimension])
+    leaves = draft.leaves(draft.trace.parameters[tensor][dimension])
     if known is not None and leaf in leaves:
-        if tensor in draft.producers[leaf] and set(leaves) <= set(draft.axes.leaves(known.produces)):
+        if tensor in draft.producers[leaf] and leaves <= draft.leaves(known.produces):
             role = "produces"
         if tensor in draft.consumers[leaf] and draft.axes.find(draft.trace.parameters[tensor][dimension]) == (
             draft.axes.find(known.consumes)

@@ -303,7 +303,7 @@ def expand(call: Call) -> Result:
     for place, size in enumerate(shape):
         if axes.size(padded[place]) != size:
             axes.freeze(padded[place], "it is repeated")
-            padded[place] = axes.new(size, DATA)
+            padded[place] = axes.new(size, None if padded[place] == ONE else DATA)
     return [tuple(padded)]
 
 
