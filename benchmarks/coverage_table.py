@@ -62,14 +62,14 @@ def summary(rows: Sequence[Row]) -> dict[str, str | int]:
     """N of M for what is claimed."""
     own = [row for row in rows if row["tool"] == "kinprune"]
     other = [row for row in rows if row["tool"] == "torch-pruning"]
-    streams = [row["with_stream"] if "with_stream" in row else row for row in own]
+    streams = [row.get("with_stream", row) for row in own]
     compared = [row["difference"] for row in own if row.get("difference") is not None]
     exported = [row["onnx"] for row in own if "onnx" in row]
     return {
         "models": len({row["model"] for row in rows}),
         "families": len({row["family"] for row in own if "family" in row}),
         "Kinprune: pruned inside blocks, runs": _of(row["runs"] and not row["stream"] for row in own),
-        "Kinprune: pruned inside blocks or, where that finds nothing, in streams, runs": _of(row["runs"] for row in own),
+        "Kinprune: pruned inside blocks, or in streams if that finds nothing, runs": _of(row["runs"] for row in own),
         "Kinprune: pruned with streams, runs": _of(row["runs"] for row in streams),
         "Kinprune: pruned with streams, runs, at most 75 % of the weights left": _of(_much(row) for row in streams),
         "Kinprune: parameters as foretold": _of(row["costs_exact"] for row in own if "costs_exact" in row),

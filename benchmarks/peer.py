@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import timm.layers
+from timm.layers.config import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 
 LAYERS = ("qkv", "qkv_proj")
@@ -15,12 +16,12 @@ LAYERS = ("qkv", "qkv_proj")
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Models built inside use attention in single operations, which torch-pruning can trace, as in its examples."""
-    fused = timm.layers.use_fused_attn()
-    timm.layers.set_fused_attn(False)
+    fused = use_fused_attn()
+    set_fused_attn(False)
     try:
         yield
     finally:
-        timm.layers.set_fused_attn(fused)
+        set_fused_attn(fused)
 
 
 def build_pruner(
@@ -32,12 +33,14 @@ def build_pruner(
     classifier: Any = model
     classifier = classifier.get_classifier()
     ignored = [*classifier] if isinstance(classifier, tuple) else [classifier]
-    return torch_pruning.pruner.BasePruner(
-        model, image, importance, global_pruning=False, pruning_ratio=ratio, ignored_layers=ignored,
-        num_heads={layer: module.num_heads for module, layer in _attentions(model)},
-        prune_num_heads=whole_heads, prune_head_dims=not whole_heads, head_pruning_ratio=ratio if whole_heads else 0.0,
-        in_channel_groups={}, out_channel_groups={},
-    )  # fmt: skip
+    heads = {layer: module.num_heads for module, layer in _attentions(model)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it lists the parameters that belong to no layer
+        return torch_pruning.pruner.BasePruner(
+            model, image, importance, global_pruning=False, pruning_ratio=ratio, ignored_layers=ignored,
+            num_heads=heads, prune_num_heads=whole_heads, prune_head_dims=not whole_heads,
+            head_pruning_ratio=ratio if whole_heads else 0.0, in_channel_groups={}, out_channel_groups={},
+        )  # fmt: skip
 
 
 def settle_heads(model: nn.Module, pruner: Any) -> None:

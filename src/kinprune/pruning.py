@@ -21,7 +21,7 @@ from torch import nn
 from kinprune.backbones import Backbone
 from kinprune.calibration import ClosedForm, ReconstructionLayer, closed_form, describe_layers, solve_head
 from kinprune.calibration.head import HeadMethod
-from kinprune.errors import BudgetError
+from kinprune.errors import BackboneError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate
 from kinprune.importance import CRITERIA, Batch, Criterion, Normalisation, Scores, normalise, rank, score
 from kinprune.preprocessing import Preprocessing
@@ -102,28 +102,38 @@ def prune(
 ) -> Pruned:
     """Prune a backbone for one task under a plan; the backbone itself is not changed.
 
-    The backbone must have been made for the task's number of classes. ``on_step(stage, step, steps)`` is called after
-    every training step. Bad budgets are refused before anything is trained. Ctrl-C during the last fine-tuning keeps
-    the best state so far (``training.stopped``); earlier it ends the pruning.
+    The backbone must have been made for the task's number of classes. ``on_step(stage, step, steps)`` is called when
+    a stage begins, with step 0, and after every training step; ``steps`` is 0 where a stage has none. Bad budgets are
+    refused before anything is trained. Ctrl-C during the last fine-tuning keeps the best state so far
+    (``training.stopped``); earlier it ends the pruning.
 
     Raises:
+        BackboneError: the backbone answers another number of classes.
         UnitError, BudgetError, ImportanceError, TrainingError: see the functions called.
     """
+    if backbone.spec.num_classes != len(task.classes):
+        raise BackboneError(
+            f"the backbone answers {backbone.spec.num_classes} classes, the task {task.name} has {len(task.classes)}: "
+            f"load it with num_classes={len(task.classes)}"
+        )
     seconds: dict[str, float] = {}
     with _stage(seconds, "units"):
         space = unit_space(backbone, plan, image_size=task.preprocessing.image_size)
     shrinking = _Shrinking.begin(backbone, task, plan, space, device, on_step)
     with _stage(seconds, "dense"):
+        shrinking.tell("whole model")
         shrinking.solve_dense_head()
         dense = evaluate(shrinking.model, task.test, task.preprocessing, device=device)
     with _stage(seconds, "prune"):
         for number in range(plan.rounds):
             shrinking.cut(number)
     with _stage(seconds, "evaluate"):
+        shrinking.tell("evaluation")
         start = evaluate(shrinking.model, task.test, task.preprocessing, device=device)
     with _stage(seconds, "fine-tune"):
         training = shrinking.train(plan.recipe, "fine-tuning", interruptible=True)
     with _stage(seconds, "evaluate"):
+        shrinking.tell("evaluation")
         final = evaluate(shrinking.model, task.test, task.preprocessing, device=device)
     with _stage(seconds, "rank"):
         ranking = shrinking.ranking()
@@ -187,6 +197,10 @@ class _Shrinking:
             space, model, space.whole_mask(), np.full(len(space), plan.rounds, dtype=np.int64), np.zeros(len(space)),
         )  # fmt: skip
 
+    def tell(self, stage: str, step: int = 0, steps: int = 0) -> None:
+        if self.on_step is not None:
+            self.on_step(stage, step, steps)
+
     def solve_dense_head(self) -> None:
         solve_head(
             self.model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
@@ -196,6 +210,7 @@ class _Shrinking:
     def cut(self, number: int) -> None:
         """One round: score what is left, remove down to this round's budget, repair, and train if more follow."""
         whole = self.model
+        self.tell("scoring")
         self._score()
         last = number == self.plan.rounds - 1
         selection = select(
@@ -207,6 +222,7 @@ class _Shrinking:
         self.model = extract(whole, current, step)
         self.removed_in[self.mask.kept & ~selection.mask.kept] = number
         self.mask, self.selection = selection.mask, selection
+        self.tell("closed form")
         layers = _layers(current, step, whole) if self.plan.reconstruct else ()
         self.repair = closed_form(
             self.model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
@@ -236,16 +252,20 @@ class _Shrinking:
         self.scores[self.mask.kept] = normalise(current, values, self.plan.normalisation)
 
     def train(self, recipe: Recipe, stage: str, *, interruptible: bool) -> TrainingResult:
+        self.tell(stage, 0, recipe.steps)
         result = fine_tune(
             self.model, self.fit, self.preprocessing, recipe, device=self.device, held_back=self.guard,
-            on_step=lambda step, steps, loss: self.on_step(stage, step, steps) if self.on_step else None,
+            on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
         )  # fmt: skip
         if result.stopped and not interruptible:
             raise KeyboardInterrupt
         return result
 
     def ranking(self) -> NDArray[np.int64]:
-        """Every unit's place: survivors by importance in the finished model, then the removed, last removed first."""
+        """Every unit's place: survivors by importance in the finished model, then the removed, last removed first.
+
+        In one shot all units were scored at once, in the whole model: survivors are not scored again.
+        """
         if self.plan.rounds > 1:
             self._score()
         return rank(self.space, self.removed_in.astype(np.float64), (self.scores,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass, fields
@@ -116,7 +117,7 @@ def path_of(case: Case) -> list[list[int]]:
     ):
         scale = np.abs(part).mean() or 1
         counts = allowed(group.size, group.width, case.multiple)
-        for larger, smaller in zip(counts, counts[1:], strict=False):
+        for larger, smaller in itertools.pairwise(counts):
             if case.allocation == "layer":
                 priority = -(smaller + 0.5) / group.size
             else:
@@ -221,7 +222,7 @@ def test_a_keep_ratio_gives_exact_counts(case: Case, keep: float) -> None:
 @settings(max_examples=100, deadline=None)
 def test_larger_keep_ratios_keep_all_that_smaller_ones_keep(case: Case, ratios: list[float]) -> None:
     found = [case.select(Budget(keep=ratio)) for ratio in sorted(ratios)]
-    for smaller, larger in zip(found, found[1:], strict=False):
+    for smaller, larger in itertools.pairwise(found):
         assert not (smaller.mask.kept & ~larger.mask.kept).any()
         for field in fields(smaller.costs):
             assert getattr(smaller.costs, field.name) <= getattr(larger.costs, field.name)
@@ -237,7 +238,7 @@ def test_a_family_nests_whatever_its_budgets_are(data: st.DataObject) -> None:
         case.space, case.scores, budgets, allocation=case.allocation, multiple=case.multiple
     )
     by_size = sorted(family, key=lambda selection: int(selection.mask.kept.sum()))
-    for smaller, larger in zip(by_size, by_size[1:], strict=False):
+    for smaller, larger in itertools.pairwise(by_size):
         assert not (smaller.mask.kept & ~larger.mask.kept).any()
     for budget, selection in zip(budgets, family, strict=True):
         assert fits(case, case.space.counts(selection.mask.kept).tolist(), budget)

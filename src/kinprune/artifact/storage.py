@@ -44,7 +44,7 @@ def check_destination(directory: str | Path, *, overwrite: bool = False) -> None
     if names and DESCRIPTION not in names:
         raise ArtifactError(f"{target} has files in it and is no artifact: choose a new or empty directory")
     if names and not overwrite:
-        raise ArtifactError(f"{target} already holds an artifact: choose another directory, or overwrite it")
+        raise ArtifactError(f"{target} already holds an artifact: choose another directory, or --overwrite it")
     others = sorted(names - {TENSORS, DESCRIPTION, README, EXPORTED})
     if others:  # they would go with the directory
         raise ArtifactError(

@@ -131,22 +131,21 @@ def _limited(plan: Plan, backbone: Backbone, keep: float | None, given: dict[str
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar over training steps, on standard error, on a terminal only."""
+    """A progress bar of the stage under way, on standard error, on a terminal only."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
     shown = Console(stderr=True)
     with Progress(*columns, console=shown, transient=True, disable=not sys.stderr.isatty()) as progress:
-        current = progress.add_task("scoring and closed form", total=None)
-        stage_shown = ""
+        bar = progress.add_task("units", total=None, done="")
 
         def on_step(stage: str, step: int, steps: int) -> None:
-            nonlocal current, stage_shown
-            if stage != stage_shown:
-                progress.remove_task(current)
-                current, stage_shown = progress.add_task(stage, total=steps), stage
-            progress.update(current, completed=step)
+            nonlocal bar
+            if step == 0:
+                progress.remove_task(bar)
+                bar = progress.add_task(stage, total=steps or None, done="")
+            progress.update(bar, completed=step, done=f"{step}/{steps}" if steps else "")
 
         yield on_step
 
@@ -166,14 +165,14 @@ def _print(summary: dict[str, Any]) -> None:
     for title, name, text in rows:
         table.add_row(title, text(whole[name]), text(costs[name]), f"{costs[name] / whole[name]:.1%}")
     table.add_row("test accuracy", f"{summary['accuracy_dense']:.1%}", f"{summary['accuracy']:.1%}", "")
-    table.add_row("  before any step", "", f"{summary['accuracy_closed_form']:.1%}", "")
+    table.add_row("  before fine-tuning", "", f"{summary['accuracy_closed_form']:.1%}", "")
     shown = console()
     shown.print(table)
     if summary["note"]:
-        shown.print(f"Note: {summary['note']}.", soft_wrap=True)
+        shown.print(f"Note: {summary['note']}.")
     if summary["stopped"]:
         steps, best = len(summary["losses"]), summary["best_step"]
-        shown.print(f"Stopped after {steps} steps; kept is the best model so far, of step {best}.", soft_wrap=True)
+        shown.print(f"Stopped after {steps} steps; kept is the best model so far, of step {best}.")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in summary["seconds"].items())
-    shown.print(f"Took {sum(summary['seconds'].values()):.1f} s: {seconds}.", soft_wrap=True)
+    shown.print(f"Took {sum(summary['seconds'].values()):.1f} s: {seconds}.")
     shown.print(f"Saved to {summary['out']}", soft_wrap=True)

@@ -107,8 +107,7 @@ def _print(described: dict[str, Any]) -> None:
     shown.print(
         f"{costs['units']:,} units in {len(described['groups'])} groups. Parameters {count(costs['parameters'])} "
         f"(down to {count(smallest['parameters'])}), MACs {count(costs['macs'])} (down to {count(smallest['macs'])}), "
-        f"weights {size(costs['weight_bytes'])}, peak memory {size(costs['peak_memory_bytes'])}.",
-        soft_wrap=True,
+        f"weights {size(costs['weight_bytes'])}, peak memory {size(costs['peak_memory_bytes'])}."
     )
 
 
@@ -119,16 +118,17 @@ def _groups(described: dict[str, Any]) -> Table:
     table = Table(title=f"{described['model']}, images of {sides} pixels", title_style="")
     table.add_column("group", overflow="fold")
     table.add_column("kind")
-    for name in ("units", "parameters", "MACs"):
+    wide = any(group["width"] > 1 for group in described["groups"])
+    for name in ("units x width" if wide else "units", "parameters", "MACs"):
         table.add_column(name, justify="right")
     normalised = any(group["normalised"] for group in described["groups"])
     if normalised:
         table.add_column("note")
     for group in described["groups"]:
-        wide = f" of {group['width']}" if group["width"] > 1 else ""
+        width = f" x {group['width']}" if group["width"] > 1 else ""
         note = ["normalised over the units" if group["normalised"] else ""] if normalised else []
         table.add_row(
-            group["name"], group["kind"], f"{group['units']}{wide}", count(group["parameters"]), count(group["macs"]),
+            group["name"], group["kind"], f"{group['units']}{width}", count(group["parameters"]), count(group["macs"]),
             *note,
         )  # fmt: skip
     return table

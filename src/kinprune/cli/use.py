@@ -84,7 +84,7 @@ def _print_evaluation(classes: tuple[str, ...], found: Evaluation) -> None:
         table.add_row(name, "" if share is None else f"{share:.1%}", str(total), mistaken)
     shown = console()
     shown.print(table)
-    shown.print(f"Accuracy {found.accuracy:.2%} on {found.n:,} images, loss {found.loss:.3f}.", soft_wrap=True)
+    shown.print(f"Accuracy {found.accuracy:.2%} on {found.n:,} images, loss {found.loss:.3f}.")
 
 
 @guarded

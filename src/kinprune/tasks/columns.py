@@ -96,11 +96,14 @@ def _one(source: str, role: str, named: str | None, columns: Sequence[str], cand
         return named
     if len(candidates) == 1:
         return candidates[0]
-    option = f"{role}_column"
+    argument, option = f"{role}_column", f"--{role}-column"
     if not candidates:
-        raise TaskError(f"{source}: no {role} column is recognised among {listed(columns)}; name it with {option}=...")
+        raise TaskError(
+            f"{source}: no {role} column is recognised among {listed(columns)}; name it with {argument}=... ({option})"
+        )
     raise TaskError(
-        f"{source}: the {role} column may be {listed(candidates)}; choose with {option}={candidates[0]!r} or another"
+        f"{source}: the {role} column may be {listed(candidates)}; "
+        f"choose with {argument}={candidates[0]!r} ({option}) or another"
     )
 
 

@@ -1,0 +1,71 @@
+"""The benchmarks run, on timm's smallest models, and what they say can be read."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+pytest.importorskip("torch_pruning", reason="torch-pruning is not installed: pip install 'kinprune[dev]'")
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module of the engine benchmark."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    yield importlib.import_module("engine")
+    torch.set_num_threads(threads)
+
+
+def test_coverage_tells_what_each_tool_did_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "coverage.jsonl"
+    earlier = {"model": "test_vit", "tool": "torch-pruning", "runs": False, "error": "of before", "seconds": 1.0}
+    out.write_text(json.dumps(earlier) + "\n")
+    command = [sys.executable, str(BENCHMARKS / "coverage.py"), "--models", "test_vit,no_such_model", "--skip-export"]
+    done = subprocess.run([*command, "--out", str(out), "--json"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["models"] == 2 and found["seconds"] > 0
+    assert found["Kinprune: pruned inside blocks, runs"] == "1 of 2"
+    assert found["Kinprune: equals the masked model within 1e-9"] == "1 of 1"
+    assert found["torch-pruning: runs"] == "0 of 2"
+    rows = {(row["model"], row["tool"]): row for row in map(json.loads, out.read_text().splitlines())}
+    assert len(rows) == 4 and rows["test_vit", "torch-pruning"] == earlier
+    assert "no_such_model" in rows["no_such_model", "kinprune"]["error"]
+    row = rows["test_vit", "kinprune"]
+    assert row["family"] == "vision_transformer" and row["costs_exact"] and not row["stream"]
+    assert row["groups"].keys() == {"head", "node"} and row["compared"][0] == row["compared"][1]
+    assert row["with_stream"]["parameters"][1] < row["parameters"][1] < row["parameters"][0]
+    page = out.with_suffix(".md").read_text()
+    assert page.count("\n| test_vit | vision_transformer |") == 1 and "| no_such_model |" in page
+
+
+def test_engine_times_both_tools(engine: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "engine.json"
+    words = ["--models", "test_resnet", "--repeats", "1", "--threads", "1", "--skip-memory", "--out", str(out)]
+    engine.main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["times_faster"]["test_resnet"] > 0 and found["seconds"] > 0
+    (row,) = json.loads(out.read_text())["rows"]
+    own, other = row["kinprune_with_streams"], row["torch_pruning"]
+    assert own["total"] == pytest.approx(own["find_units"] + own["select"] + own["extract"])
+    assert other["total"] == pytest.approx(other["init"] + other["step"])
+    # Both cut every dimension by half, so that about as much must be left.
+    assert own["parameters"] == pytest.approx(other["parameters"], rel=0.1)
+    assert "test_resnet" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which is Linux's")
+def test_engine_measures_memory(engine: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    engine.main(["--fresh", "test_resnet", "kinprune_in_blocks", "--threads", "1"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["first_total"] > 0 and found["memory_bytes"] > 0
