@@ -203,6 +203,14 @@ def test_widths_are_multiples_or_left_whole(
         assert count == whole or count % multiple == 0
 
 
+def test_filling_up_takes_no_part_of_a_block() -> None:
+    """Ten nodes of five parameters may be 10, 8 or 4: four cost 20, eight 40, and six would fit but are no multiple."""
+    space = find_units(nn.Sequential(nn.Flatten(), nn.Linear(3, 10, bias=False), nn.Linear(10, 2, bias=False)), (1, 1))
+    found = select(space, np.arange(10.0), Budget(parameters=35), multiple=4)
+    assert found.costs.units == 4
+    assert found.note is not None and "multiples of 4" in found.note
+
+
 class Heads(nn.Module):
     """Six heads of width 4: multiples of 8 take two heads at once."""
 

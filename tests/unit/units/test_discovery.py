@@ -285,6 +285,34 @@ def test_even_a_group_of_two_is_tried(before: int) -> None:
     _assert_extracts(model, space)
 
 
+class Separate(nn.Module):
+    """Attention with a layer each for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(8, 20)
+        self.out = nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        n, length, _ = y.shape
+        q, k, v = (layer(y).view(n, length, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-2, -1) / 3).softmax(-1)
+        y = self.out((weights @ v).transpose(1, 2).reshape(n, length, -1))
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+def test_heads_made_by_three_layers_are_one_group() -> None:
+    model = Classifier(Separate()).double()
+    space = find_units(model, (4, 4))
+    (heads,) = [group for group in space.groups if group.kind == "head"]
+    assert (heads.name, heads.size, heads.width) == ("middle", 4, 3)
+    assert heads.tensors("produces") == [("middle.q.weight", 0), ("middle.k.weight", 0), ("middle.v.weight", 0)]
+    assert heads.tensors("consumes") == [("middle.out.weight", 1)]
+    _assert_extracts(model, space)
+
+
 def test_an_error_of_any_kind_in_the_trial_is_blamed_on_its_module() -> None:
     def look_up(x: Tensor) -> Tensor:
         return x * {12: 2.0}[x.shape[1]]
