@@ -226,7 +226,8 @@ class _Shrinking:
         layers = _layers(current, step, whole) if self.plan.reconstruct else ()
         self.repair = closed_form(
             self.model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
-            dense=whole if layers else None, layers=layers, method=self.plan.head, seed=self.plan.recipe.seed,
+            dense=whole, layers=layers, channels=_channels(current, step), method=self.plan.head,
+            seed=self.plan.recipe.seed,
         )  # fmt: skip
         if not last:
             recipe = replace(self.plan.recipe, steps=self.plan.round_steps, seed=self.plan.recipe.seed + number + 1)
@@ -300,3 +301,14 @@ def _layers(space: UnitSpace, mask: Mask, dense: nn.Module) -> tuple[Reconstruct
         whole = dense.get_parameter(f"{layer.name}.weight").shape[0]
         layers.append(replace(layer, outputs=tuple(outputs.tolist())) if len(outputs) < whole else layer)
     return tuple(layers)
+
+
+def _channels(space: UnitSpace, mask: Mask) -> dict[str, list[int]]:
+    """The channels that each cut layer still makes, or each cut norm still sees, by module."""
+    units = [np.flatnonzero(part).astype(np.int64) for part in space.split(mask.kept)]
+    counts = space.sizes.tolist()
+    return {
+        name.rpartition(".")[0]: kept_indices(layout[0], units, counts).tolist()
+        for name, layout in space.tensors.items()
+        if name.endswith(".weight") and layout
+    }

@@ -5,6 +5,7 @@ from kinprune.calibration.closed_form import ClosedForm, closed_form
 from kinprune.calibration.head import HeadSolution, solve_head
 from kinprune.calibration.reconstruction import LayerReconstruction, reconstruct
 from kinprune.calibration.residual import ReconstructionLayer, describe_layers
+from kinprune.calibration.statistics import match_batch_norm
 
 __all__ = [
     "ClosedForm",
@@ -16,6 +17,7 @@ __all__ = [
     "describe_layers",
     "frozen_batch_norm",
     "is_folded",
+    "match_batch_norm",
     "reconstruct",
     "reestimate_batch_norm",
     "solve_head",

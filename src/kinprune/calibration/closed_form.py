@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,7 +14,12 @@ from kinprune.calibration.batch_norm import reestimate_batch_norm
 from kinprune.calibration.head import HeadMethod, HeadSolution, solve_head
 from kinprune.calibration.reconstruction import LayerReconstruction, reconstruct
 from kinprune.calibration.residual import ReconstructionLayer
+from kinprune.calibration.statistics import match_batch_norm
 from kinprune.preprocessing import Preprocessing
+
+
+JUDGES = 512
+"""How many images starts are compared on."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class ClosedForm:
 
     ``head`` holds the leave-one-out accuracy and loss of the model as it was left. ``reconstructed`` says whether the
     reconstruction was kept, and ``layers`` what it did to each layer, kept or not; ``batch_norms`` is the number of
-    batch norms counted again in the model as it was left.
+    batch norms matched or counted again in the model as it was left.
     """
 
     head: HeadSolution
@@ -53,14 +58,17 @@ def closed_form(
     *,
     dense: nn.Module | None = None,
     layers: Sequence[str | ReconstructionLayer] = (),
+    channels: Mapping[str, Sequence[int]] | None = None,
     method: HeadMethod = "ridge",
     seed: int = 0,
 ) -> ClosedForm:
-    """Bring an extracted model as far as it gets without a step: reconstruct, count batch norm again, solve the head.
+    """Bring an extracted model as far as it gets without a step: reconstruct, repair batch norm, solve the head.
 
-    ``layers`` are reconstructed towards ``dense`` where both are given. Neither that nor other batch norm statistics
-    serve every task, so each is done and left out in turn and the start of lowest leave-one-out cross-entropy of its
-    head stays; where there is none (one image a class), that is the reconstructed one with the statistics it had.
+    ``layers`` are reconstructed towards ``dense`` where both are given. Batch norm is matched to ``dense`` where that
+    is given with ``channels`` (see ``match_batch_norm``), else counted again. Neither serves every task, so each is
+    done and left out in turn and the start of lowest leave-one-out cross-entropy of its head stays; where there is
+    none (one image a class), that is the reconstructed one with the statistics it had. The starts are compared on
+    about ``JUDGES`` of the images, the same number of each class; the head that stays is solved on all.
     ``images`` are uint8 ``[n, 3, h, w]`` and ``labels`` int64 ``[n]``: leave out those that are to guard a
     fine-tuning. The leave-one-out figures know nothing of the images' part in the reconstruction, and flatter it a
     little. Works in place.
@@ -68,17 +76,24 @@ def closed_form(
     starts: list[_Start] = []
     seconds = {"reconstruction": 0.0, "batch_norm": 0.0, "head": 0.0}
     solved: tuple[LayerReconstruction, ...] = ()
+    judges = _judges(labels, num_classes, seed)
 
     def try_starts(reconstructed: bool) -> None:
         for counted in (False, True):
             norms = 0
             if counted:
                 with _timed(seconds, "batch_norm"):
-                    norms = reestimate_batch_norm(model, images, preprocessing, seed=seed)
+                    norms = (
+                        reestimate_batch_norm(model, images, preprocessing, seed=seed)
+                        if dense is None or channels is None
+                        else match_batch_norm(model, dense, channels, images, preprocessing, seed=seed)
+                    )
                 if not norms:
                     return
             with _timed(seconds, "head"):
-                solution = solve_head(model, head, images, labels, num_classes, preprocessing, method=method)
+                solution = solve_head(
+                    model, head, images[judges], labels[judges], num_classes, preprocessing, method=method
+                )
             starts.append(_Start(solution, norms, reconstructed, _state(model)))
 
     original = _state(model)
@@ -90,8 +105,12 @@ def closed_form(
         try_starts(reconstructed=True)
     best = min(starts, key=_worth)
     _restore(model, best.state)
+    solution = best.head
+    if len(judges) < len(labels):
+        with _timed(seconds, "head"):
+            solution = solve_head(model, head, images, labels, num_classes, preprocessing, method=method)
     return ClosedForm(
-        best.head,
+        solution,
         best.norms,
         best.reconstructed,
         solved,
@@ -99,6 +118,14 @@ def closed_form(
         seconds["batch_norm"],
         seconds["head"],
     )
+
+
+def _judges(labels: Tensor, num_classes: int, seed: int) -> Tensor:
+    """Indices of up to about ``JUDGES`` images, drawn with ``seed``, as nearly as can be the same number a class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    most = max(2, -(-JUDGES // num_classes))
+    chosen = [order[labels[order] == label][:most] for label in range(num_classes)]
+    return torch.cat(chosen).sort().values
 
 
 def _worth(start: _Start) -> tuple[float, bool, bool]:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kinprune.calibration.batch_norm import is_folded
 from kinprune.calibration.least_squares import Moments, RidgeFit, moments_of, solve_towards_zero
+from kinprune.calibration.memory import images_in_memory
 from kinprune.calibration.residual import ReconstructionLayer, affine, describe_layers, scaling
 from kinprune.errors import TaskError, TrainingError
 from kinprune.evaluation import device_of, eval_mode
@@ -79,7 +80,7 @@ def reconstruct(
     solvable = [layer for layer in wanted if results[layer.name] is None]
     if solvable:
         generator = torch.Generator().manual_seed(seed)
-        limit = min(max_images, _images_in_memory(pruned, images[:1], preprocessing, memory_mb))
+        limit = min(max_images, images_in_memory(pruned, images[:1], preprocessing, memory_mb))
         chosen = images[torch.randperm(len(images), generator=generator)[:limit]]
         targets = _Targets(len(chosen), max_rows, generator)
         _run(dense, solvable, torch.split(chosen, 32), preprocessing, targets.record)
@@ -321,21 +322,3 @@ def _refusal(layer: ReconstructionLayer, pruned: nn.Module, dense: nn.Module) ->
             layer.name, skipped=f"it has {len(own.weight)} outputs where the dense model has {outputs}"
         )
     return None
-
-
-def _images_in_memory(model: nn.Module, image: Tensor, preprocessing: Preprocessing, memory_mb: int) -> int:
-    """How many images' activations fit, counting three float32 tensors of the widest layer; at least 2."""
-    largest = [0]
-
-    def measure(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor):
-            largest.append(output.numel())
-
-    handles = [module.register_forward_hook(measure) for module in model.modules()]
-    try:
-        with eval_mode(model):
-            model(normalise(image.to(device_of(model)), preprocessing))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return max(2, memory_mb * 2**20 // (3 * 4 * max(1, *largest)))
