@@ -96,19 +96,40 @@ def page(rows: Sequence[Row], names: Sequence[str]) -> str:
     other = {row["model"]: row for row in rows if row["tool"] == "torch-pruning"}
     lines = [f"| {value} | {text} |" for text, value in summary(rows).items()]
     columns = (
-        "model", "timm module", "units", "groups", "kept whole", "weights left", "MACs left", "with streams",
-        "runs", "masked", "ONNX", "s", "torch-pruning 1.6.1", "s",
-    )  # fmt: skip
+        "model",
+        "timm module",
+        "units",
+        "groups",
+        "kept whole",
+        "weights left",
+        "MACs left",
+        "with streams",
+        "runs",
+        "masked",
+        "ONNX",
+        "s",
+        "torch-pruning 1.6.1",
+        "s",
+    )
     table = [_line(own[name], other.get(name)) for name in names if name in own]
     table.sort(key=lambda cells: (cells[1], cells[0]))
-    return "\n".join([
-        "# Which models can be pruned", "",
-        "Made by `python benchmarks/coverage.py`: random weights, half of the units of every group. How each column is",
-        "measured: [benchmarks/README.md](../README.md#coverage).", "",
-        "| | |", "|---:|---|", *lines, "",
-        f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
-        *(f"| {' | '.join(cells)} |" for cells in table), "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Which models can be pruned",
+            "",
+            "Made by `python benchmarks/coverage.py`: random weights, half of the units of every group. How each column is",
+            "measured: [benchmarks/README.md](../README.md#coverage).",
+            "",
+            "| | |",
+            "|---:|---|",
+            *lines,
+            "",
+            f"| {' | '.join(columns)} |",
+            "|---" * len(columns) + "|",
+            *(f"| {' | '.join(cells)} |" for cells in table),
+            "",
+        ]
+    )
 
 
 def _line(row: Row, other: Row | None) -> list[str]:
@@ -117,10 +138,20 @@ def _line(row: Row, other: Row | None) -> list[str]:
     groups = ", ".join(f"{number} {kind}" for kind, number in row["groups"].items())
     whole = ", ".join(f"{number} {name}" for name, number in row["whole"].items())
     return [
-        row["model"], row["family"], str(row["units"]), groups, whole or "-",
-        _share(left(row)) + (" (streams)" if row["stream"] else ""), _share(left(row, "macs")), _streams(row),
-        "yes" if row["runs"] else row["error"], _masked(row), _onnx(row), str(row["cut_seconds"]), *_peer(other),
-    ]  # fmt: skip
+        row["model"],
+        row["family"],
+        str(row["units"]),
+        groups,
+        whole or "-",
+        _share(left(row)) + (" (streams)" if row["stream"] else ""),
+        _share(left(row, "macs")),
+        _streams(row),
+        "yes" if row["runs"] else row["error"],
+        _masked(row),
+        _onnx(row),
+        str(row["cut_seconds"]),
+        *_peer(other),
+    ]
 
 
 def _share(value: float | None) -> str:

@@ -211,16 +211,30 @@ def _megabytes(measured: Seconds) -> str:
 def page(found: dict[str, Any]) -> str:
     """All rows as a page of Markdown."""
     columns = (
-        "model", "in blocks: find + select + extract, s", "MB", "with streams, s", "MB",
-        "torch-pruning 1.6.1: init + step, s", "MB", "times faster, with streams", "in blocks",
-    )  # fmt: skip
-    return "\n".join([
-        "# From a whole model to a pruned one", "",
-        f"Made by `python benchmarks/engine.py --threads {found['threads']}`: medians of {found['repeats']} runs, the",
-        "tools in turn; half of every layer, random scores. MB is how much resident memory grows at most beyond the",
-        "model itself. How it is measured: [benchmarks/README.md](../README.md#engine).", "",
-        f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(line(row) for row in found["rows"]), "",
-    ])  # fmt: skip
+        "model",
+        "in blocks: find + select + extract, s",
+        "MB",
+        "with streams, s",
+        "MB",
+        "torch-pruning 1.6.1: init + step, s",
+        "MB",
+        "times faster, with streams",
+        "in blocks",
+    )
+    return "\n".join(
+        [
+            "# From a whole model to a pruned one",
+            "",
+            f"Made by `python benchmarks/engine.py --threads {found['threads']}`: medians of {found['repeats']} runs, the",
+            "tools in turn; half of every layer, random scores. MB is how much resident memory grows at most beyond the",
+            "model itself. How it is measured: [benchmarks/README.md](../README.md#engine).",
+            "",
+            f"| {' | '.join(columns)} |",
+            "|---" * len(columns) + "|",
+            *(line(row) for row in found["rows"]),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

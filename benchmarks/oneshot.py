@@ -61,9 +61,7 @@ def prepare(model: str, data: str, options: argparse.Namespace) -> tuple[kp.Back
     """The model with its weights, and the decoded images."""
     task = kp.load_task(options.data / data, shots=options.shots)
     weights = options.weights / f"{model}.safetensors"
-    backbone = kp.load_backbone(
-        model, num_classes=len(task.classes), weights=weights, image_size=MODELS[model]
-    )
+    backbone = kp.load_backbone(model, num_classes=len(task.classes), weights=weights, image_size=MODELS[model])
     return backbone, kp.decode(task, backbone.preprocessing)
 
 
@@ -74,13 +72,23 @@ def run_one(
     plan = kp.Plan(kp.Budget(keep=keep), criterion=method, recipe=kp.Recipe(steps=steps))
     found = summarise(kp.prune(backbone, task, plan))
     return {
-        "model": model, "data": data, "method": method, "keep": keep, "steps": steps,
-        "accuracy_dense": found["accuracy_dense"], "accuracy_0": found["accuracy_closed_form"],
-        "accuracy": found["accuracy"], "parameters": found["costs"]["parameters"], "macs": found["costs"]["macs"],
-        "parameters_dense": found["whole"]["parameters"], "macs_dense": found["whole"]["macs"],
-        "reconstructed": found["reconstructed"], "seconds": found["seconds"], "threads": torch.get_num_threads(),
+        "model": model,
+        "data": data,
+        "method": method,
+        "keep": keep,
+        "steps": steps,
+        "accuracy_dense": found["accuracy_dense"],
+        "accuracy_0": found["accuracy_closed_form"],
+        "accuracy": found["accuracy"],
+        "parameters": found["costs"]["parameters"],
+        "macs": found["costs"]["macs"],
+        "parameters_dense": found["whole"]["parameters"],
+        "macs_dense": found["whole"]["macs"],
+        "reconstructed": found["reconstructed"],
+        "seconds": found["seconds"],
+        "threads": torch.get_num_threads(),
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def line(row: dict[str, Any]) -> str:

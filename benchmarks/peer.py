@@ -37,10 +37,19 @@ def build_pruner(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it lists the parameters that belong to no layer
         return torch_pruning.pruner.BasePruner(
-            model, image, importance, global_pruning=False, pruning_ratio=ratio, ignored_layers=ignored,
-            num_heads=heads, prune_num_heads=whole_heads, prune_head_dims=not whole_heads,
-            head_pruning_ratio=ratio if whole_heads else 0.0, in_channel_groups={}, out_channel_groups={},
-        )  # fmt: skip
+            model,
+            image,
+            importance,
+            global_pruning=False,
+            pruning_ratio=ratio,
+            ignored_layers=ignored,
+            num_heads=heads,
+            prune_num_heads=whole_heads,
+            prune_head_dims=not whole_heads,
+            head_pruning_ratio=ratio if whole_heads else 0.0,
+            in_channel_groups={},
+            out_channel_groups={},
+        )
 
 
 def settle_heads(model: nn.Module, pruner: Any) -> None:

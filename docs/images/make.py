@@ -20,7 +20,9 @@ def main() -> None:
     """Run the command given behind the picture's path and draw what it printed."""
     picture, command = Path(sys.argv[1]), sys.argv[2:]
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "88"}
-    found = subprocess.run(command, check=True, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    found = subprocess.run(
+        command, check=True, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     console = Console(record=True, width=88, file=io.StringIO(), force_terminal=True)
     shown = [Path(part).name if os.sep in part else part for part in command]
     console.print(Text(f"$ {shlex.join(shown)}", style="bold"))

@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from kinprune.pruning import Plan, Pruned, prune
     from kinprune.selection import Budget, Selection, select, select_family
     from kinprune.tasks import (
-        DecodedTask, Split, Task, decode, decode_image, load_task, load_torchvision, task_from_arrays,
-    )  # fmt: skip
+        DecodedTask,
+        Split,
+        Task,
+        decode,
+        decode_image,
+        load_task,
+        load_torchvision,
+        task_from_arrays,
+    )
     from kinprune.training import Recipe, TrainingResult, fine_tune
     from kinprune.units import Costs, Group, Mask, UnitSpace, extract, find_units
 
@@ -40,20 +47,66 @@ _HOMES = {
     "pruning": ("Plan", "Pruned", "prune"),
     "selection": ("Budget", "Selection", "select", "select_family"),
     "tasks": (
-        "DecodedTask", "Split", "Task", "decode", "decode_image", "load_task", "load_torchvision", "task_from_arrays",
+        "DecodedTask",
+        "Split",
+        "Task",
+        "decode",
+        "decode_image",
+        "load_task",
+        "load_torchvision",
+        "task_from_arrays",
     ),
     "training": ("Recipe", "TrainingResult", "fine_tune"),
     "units": ("Costs", "Group", "Mask", "UnitSpace", "extract", "find_units"),
-}  # fmt: skip
+}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Backbone", "BackboneSpec", "Batch", "Budget", "Costs", "DecodedTask", "Evaluation", "Group",
-    "KinpruneError", "Mask", "OnnxExport", "Plan", "Preprocessing", "Pruned", "Recipe", "Selection", "Split", "Task",
-    "TrainingResult", "UnitSpace", "artifact_of", "closed_form", "decode", "decode_image", "evaluate", "export_onnx",
-    "extract", "find_units", "fine_tune", "load", "load_backbone", "load_task", "load_torchvision", "normalise",
-    "predict", "predict_onnx", "prune", "rank", "save", "score", "select", "select_family", "task_from_arrays",
-]  # fmt: skip
+    "Artifact",
+    "Backbone",
+    "BackboneSpec",
+    "Batch",
+    "Budget",
+    "Costs",
+    "DecodedTask",
+    "Evaluation",
+    "Group",
+    "KinpruneError",
+    "Mask",
+    "OnnxExport",
+    "Plan",
+    "Preprocessing",
+    "Pruned",
+    "Recipe",
+    "Selection",
+    "Split",
+    "Task",
+    "TrainingResult",
+    "UnitSpace",
+    "artifact_of",
+    "closed_form",
+    "decode",
+    "decode_image",
+    "evaluate",
+    "export_onnx",
+    "extract",
+    "find_units",
+    "fine_tune",
+    "load",
+    "load_backbone",
+    "load_task",
+    "load_torchvision",
+    "normalise",
+    "predict",
+    "predict_onnx",
+    "prune",
+    "rank",
+    "save",
+    "score",
+    "select",
+    "select_family",
+    "task_from_arrays",
+]
 
 try:
     __version__ = version("kinprune")

@@ -56,8 +56,10 @@ def score(
     if criterion == "synflow":
         return synflow(model, space, batches)
     by_batches: dict[str, Callable[[nn.Module, UnitSpace, Iterable[Batch]], Scores]] = {
-        "activation": activation, "taylor": taylor, "snip": snip,
-    }  # fmt: skip
+        "activation": activation,
+        "taylor": taylor,
+        "snip": snip,
+    }
     return by_batches[criterion](model, space, batches)
 
 
@@ -90,8 +92,9 @@ def batch_norm_scale(model: nn.Module, space: UnitSpace) -> Scores:
             raise ImportanceError(
                 f"bn-scale needs a batch norm behind every group, {group.name} has none: use taylor, l1 or activation"
             )
-        scales.append(_mean_by_unit(space, number, {name: (0, model.get_parameter(name).detach().abs())
-                                                    for name, _ in norms}))  # fmt: skip
+        scales.append(
+            _mean_by_unit(space, number, {name: (0, model.get_parameter(name).detach().abs()) for name, _ in norms})
+        )
     result = np.concatenate(scales)
     if np.ptp(result) == 0:
         raise ImportanceError(
@@ -225,9 +228,7 @@ def _need(batches: int, name: str) -> None:
         raise ImportanceError(f"{name} needs at least one batch of images, got none: give some batches")
 
 
-def _by_unit(
-    space: UnitSpace, model: nn.Module, role: PartRole, values: Callable[[str, Tensor], Tensor]
-) -> Scores:
+def _by_unit(space: UnitSpace, model: nn.Module, role: PartRole, values: Callable[[str, Tensor], Tensor]) -> Scores:
     """Sums over each unit of ``values(name, tensor)``, over the tensors that have ``role`` for its group."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     result = np.zeros(len(space))

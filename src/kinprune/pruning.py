@@ -60,15 +60,20 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("rounds", self.rounds, 1), ("round_steps", self.round_steps, 0), ("multiple", self.multiple, 1),
-            ("score_images", self.score_images, 1), ("score_batch", self.score_batch, 1),
-        ):  # fmt: skip
+            ("rounds", self.rounds, 1),
+            ("round_steps", self.round_steps, 0),
+            ("multiple", self.multiple, 1),
+            ("score_images", self.score_images, 1),
+            ("score_batch", self.score_batch, 1),
+        ):
             if value < least:
                 raise BudgetError(f"{name} is {value}, expected a whole number of at least {least}")
         for name, word, known in (
-            ("method", self.criterion, CRITERIA), ("allocation", self.allocation, get_args(Allocation)),
-            ("normalisation", self.normalisation, get_args(Normalisation)), ("head", self.head, get_args(HeadMethod)),
-        ):  # fmt: skip
+            ("method", self.criterion, CRITERIA),
+            ("allocation", self.allocation, get_args(Allocation)),
+            ("normalisation", self.normalisation, get_args(Normalisation)),
+            ("head", self.head, get_args(HeadMethod)),
+        ):
             if word not in known:
                 raise BudgetError(f"there is no {name} '{word}', expected one of: {', '.join(known)}")
 
@@ -139,9 +144,20 @@ def prune(
         ranking = shrinking.ranking()
     assert shrinking.selection is not None and shrinking.repair is not None
     return Pruned(
-        shrinking.model, plan, space, shrinking.selection, ranking, shrinking.scores, shrinking.repair, training,
-        space.cost(space.whole_mask()), dense, start, final, seconds,
-    )  # fmt: skip
+        shrinking.model,
+        plan,
+        space,
+        shrinking.selection,
+        ranking,
+        shrinking.scores,
+        shrinking.repair,
+        training,
+        space.cost(space.whole_mask()),
+        dense,
+        start,
+        final,
+        seconds,
+    )
 
 
 def unit_space(backbone: Backbone, plan: Plan, *, image_size: tuple[int, int] | None = None) -> UnitSpace:
@@ -193,9 +209,20 @@ class _Shrinking:
         fit, guard = hold_back(task.train, plan.recipe.hold_back, plan.recipe.seed)
         model = copy.deepcopy(backbone.model).to(device)
         return cls(
-            plan, backbone.spec.head, len(task.classes), task.preprocessing, device, on_step, fit, guard,
-            space, model, space.whole_mask(), np.full(len(space), plan.rounds, dtype=np.int64), np.zeros(len(space)),
-        )  # fmt: skip
+            plan,
+            backbone.spec.head,
+            len(task.classes),
+            task.preprocessing,
+            device,
+            on_step,
+            fit,
+            guard,
+            space,
+            model,
+            space.whole_mask(),
+            np.full(len(space), plan.rounds, dtype=np.int64),
+            np.zeros(len(space)),
+        )
 
     def tell(self, stage: str, step: int = 0, steps: int = 0) -> None:
         if self.on_step is not None:
@@ -203,9 +230,14 @@ class _Shrinking:
 
     def solve_dense_head(self) -> None:
         solve_head(
-            self.model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
+            self.model,
+            self.head,
+            self.fit.images,
+            self.fit.labels,
+            self.classes,
+            self.preprocessing,
             method=self.plan.head,
-        )  # fmt: skip
+        )
 
     def cut(self, number: int) -> None:
         """One round: score what is left, remove down to this round's budget, repair, and train if more follow."""
@@ -214,9 +246,14 @@ class _Shrinking:
         self._score()
         last = number == self.plan.rounds - 1
         selection = select(
-            self.space, self.scores, self._budget(number), allocation=self.plan.allocation, normalisation="none",
-            multiple=self.plan.multiple, within=self.mask,
-        )  # fmt: skip
+            self.space,
+            self.scores,
+            self._budget(number),
+            allocation=self.plan.allocation,
+            normalisation="none",
+            multiple=self.plan.multiple,
+            within=self.mask,
+        )
         current = self.space.shrink(self.mask)
         step = Mask(selection.mask.kept[self.mask.kept], current.fingerprint)
         self.model = extract(whole, current, step)
@@ -225,10 +262,18 @@ class _Shrinking:
         self.tell("closed form")
         layers = _layers(current, step, whole) if self.plan.reconstruct else ()
         self.repair = closed_form(
-            self.model, self.head, self.fit.images, self.fit.labels, self.classes, self.preprocessing,
-            dense=whole, layers=layers, channels=_channels(current, step), method=self.plan.head,
+            self.model,
+            self.head,
+            self.fit.images,
+            self.fit.labels,
+            self.classes,
+            self.preprocessing,
+            dense=whole,
+            layers=layers,
+            channels=_channels(current, step),
+            method=self.plan.head,
             seed=self.plan.recipe.seed,
-        )  # fmt: skip
+        )
         if not last:
             recipe = replace(self.plan.recipe, steps=self.plan.round_steps, seed=self.plan.recipe.seed + number + 1)
             self.train(recipe, f"round {number + 1}", interruptible=False)
@@ -255,9 +300,14 @@ class _Shrinking:
     def train(self, recipe: Recipe, stage: str, *, interruptible: bool) -> TrainingResult:
         self.tell(stage, 0, recipe.steps)
         result = fine_tune(
-            self.model, self.fit, self.preprocessing, recipe, device=self.device, held_back=self.guard,
+            self.model,
+            self.fit,
+            self.preprocessing,
+            recipe,
+            device=self.device,
+            held_back=self.guard,
             on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
-        )  # fmt: skip
+        )
         if result.stopped and not interruptible:
             raise KeyboardInterrupt
         return result

@@ -109,9 +109,15 @@ def select(
 
 
 def select_family(
-    space: UnitSpace, scores: Scores, budgets: Sequence[Budget], *, allocation: Allocation = "layer",
-    normalisation: Normalisation = "mean", multiple: int = 1, ties: Sequence[Scores] = (),
-) -> list[Selection]:  # fmt: skip
+    space: UnitSpace,
+    scores: Scores,
+    budgets: Sequence[Budget],
+    *,
+    allocation: Allocation = "layer",
+    normalisation: Normalisation = "mean",
+    multiple: int = 1,
+    ties: Sequence[Scores] = (),
+) -> list[Selection]:
     """One nested selection a budget, from one set of scores; budgets in any order, results in the same."""
     alone = [
         select(space, scores, budget, allocation=allocation, normalisation=normalisation, multiple=multiple, ties=ties)
@@ -121,9 +127,15 @@ def select_family(
     larger: Mask | None = None
     for place in sorted(range(len(budgets)), key=lambda place: -alone[place].costs.parameters):
         family[place] = select(
-            space, scores, budgets[place], allocation=allocation, normalisation=normalisation, multiple=multiple,
-            ties=ties, within=larger,
-        )  # fmt: skip
+            space,
+            scores,
+            budgets[place],
+            allocation=allocation,
+            normalisation=normalisation,
+            multiple=multiple,
+            ties=ties,
+            within=larger,
+        )
         larger = family[place].mask
     return [family[place] for place in range(len(budgets))]
 
@@ -162,9 +174,14 @@ def _checked(space: UnitSpace, scores: Scores, multiple: int, within: Mask | Non
 
 
 def _blocks(
-    space: UnitSpace, values: Scores, allocation: Allocation, normalisation: Normalisation, multiple: int,
-    ties: Sequence[Scores], within: Mask | None,
-) -> _Blocks:  # fmt: skip
+    space: UnitSpace,
+    values: Scores,
+    allocation: Allocation,
+    normalisation: Normalisation,
+    multiple: int,
+    ties: Sequence[Scores],
+    within: Mask | None,
+) -> _Blocks:
     """Cut every group into blocks that keep widths allowed, and sort them by priority."""
     chosen = np.ones(len(space), dtype=bool) if within is None else within.kept
     # Units outside `within` go behind all others of their group.

@@ -220,14 +220,19 @@ MODELS = [
     ("a wrong shape", "--model test_vit --weights {place}/shape.safetensors", ["mlp.fc1.weight", "7x64", "192x64"]),
     ("NaN", "--model test_vit --weights {place}/nan.safetensors", ["'norm.weight'", "NaN"]),
     ("no published weights", "--model test_coatnet", ["test_coatnet", "--weights", "--random"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("model", "says"), [case[1:] for case in MODELS], ids=[case[0] for case in MODELS])
 def test_model(
-    kinprune: Cli, place: Path, fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str,
+    kinprune: Cli,
+    place: Path,
+    fruit: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
     says: list[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(place)
     size = "" if "--image-size" in model else "--image-size 32"
     command = f"prune {{fruit}} --out {{out}} {size} --steps 0 {HALF} {model}"
@@ -278,7 +283,7 @@ OPTIONS = [
     ("no such device", f"{HALF} --device tpux", ["device 'tpux'", "cpu, cuda"]),
     ("a device of another kind", f"{HALF} --device meta", ["device 'meta'", "cpu, cuda"]),
     ("no such option", f"{HALF} --stepps 3", ["--stepps", "--steps"]),
-]  # fmt: skip
+]
 BEFORE_THE_DATA = {case[0] for case in OPTIONS} - {"few params", "few macs", "few bytes", "little memory"}
 
 

@@ -26,10 +26,28 @@ RESNET = ("--model", "test_resnet", "--random", "--image-size", "32")
 QUICK = ("--steps", "3", "--batch-size", "8")
 
 PRUNE_KEYS = {
-    "accuracy", "accuracy_closed_form", "accuracy_dense", "best_step", "budget", "costs", "curve", "kept", "losses",
-    "method", "model", "note", "out", "reconstructed", "seconds", "seed", "slack", "stopped", "task", "versions",
+    "accuracy",
+    "accuracy_closed_form",
+    "accuracy_dense",
+    "best_step",
+    "budget",
+    "costs",
+    "curve",
+    "kept",
+    "losses",
+    "method",
+    "model",
+    "note",
+    "out",
+    "reconstructed",
+    "seconds",
+    "seed",
+    "slack",
+    "stopped",
+    "task",
+    "versions",
     "whole",
-}  # fmt: skip
+}
 COSTS = {"units", "parameters", "macs", "weight_bytes", "peak_memory_bytes"}
 
 
@@ -92,8 +110,10 @@ def test_prune_for_people(kinprune: Cli, fruit: Path, tmp_path: Path) -> None:
     assert any("units" in line and "1.16 k" in line and "582" in line and "50.0%" in line for line in lines)
     assert lines[-1] == f"Saved to {tmp_path / 'small'}"
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [
-        "README.md", "kinprune.json", "model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "kinprune.json",
+        "model.safetensors",
+    ]
 
 
 def test_prune_as_json(made: tuple[Path, dict[str, Any]]) -> None:
@@ -311,9 +331,15 @@ def test_help_has_the_sections_in_order_and_fits_80_columns(kinprune: Cli) -> No
     lines = result.stdout.splitlines()
     titles = [line.rstrip(":") for line in lines if line and not line.startswith((" ", "Usage"))]
     assert titles == [
-        "Arguments", "Data", "Model", "Budget (one or more, all of them hold)", "Pruning", "Fine-tuning",
-        "Running and output", "Help",
-    ]  # fmt: skip
+        "Arguments",
+        "Data",
+        "Model",
+        "Budget (one or more, all of them hold)",
+        "Pruning",
+        "Fine-tuning",
+        "Running and output",
+        "Help",
+    ]
     assert max(map(len, lines)) <= 80
 
 

@@ -54,9 +54,12 @@ CHANNELS: dict[str, Any] = {"channels": (8, 12, 16, 24)}
 VIT: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SWIN: dict[str, Any] = {"img_size": 56, "depths": (2, 2), "num_heads": (3, 6), "embed_dim": 24}
 COATNET: dict[str, Any] = {
-    "img_size": 64, "embed_dim": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "stem_width": (8, 16),
+    "img_size": 64,
+    "embed_dim": (16, 32, 48, 64),
+    "depths": (1, 1, 1, 1),
+    "stem_width": (8, 16),
     "transformer_dim_head": 16,
-}  # fmt: skip
+}
 
 FAMILIES: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "resnet18": (32, named("resnet18", **CHANNELS)),
@@ -71,8 +74,10 @@ FAMILIES: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "efficientnet_b0": (32, narrow_efficientnet),
     "regnetx": (32, partial(narrow_regnet, 0.0)),
     "regnety": (32, partial(narrow_regnet, 0.25)),
-    "resnext26ts": (32, lambda: byobnet.ByobNet(
-        replace(byobnet.model_cfgs["resnext26ts"], width_factor=0.5), num_classes=7)),
+    "resnext26ts": (
+        32,
+        lambda: byobnet.ByobNet(replace(byobnet.model_cfgs["resnext26ts"], width_factor=0.5), num_classes=7),
+    ),
     "convnext": (32, named("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 24))),
     "vit": (32, named("vit_tiny_patch16_224", img_size=32, **VIT)),
     "deit3": (32, named("deit3_small_patch16_224", img_size=32, **VIT)),
@@ -80,7 +85,7 @@ FAMILIES: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "swin": (56, named("swin_tiny_patch4_window7_224", **SWIN)),
     "levit": (64, narrow_levit),
     "coatnet": (64, named("coatnet_nano_rw_224", **COATNET)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True, scope="module")

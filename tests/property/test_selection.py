@@ -234,9 +234,7 @@ def test_a_family_nests_whatever_its_budgets_are(data: st.DataObject) -> None:
     case = data.draw(cases())
     ratios = st.floats(0.01, 1).map(lambda keep: Budget(keep=keep))
     budgets = data.draw(st.lists(limits_for(case.space, floors(case)) | ratios, min_size=2, max_size=4))
-    family = select_family(
-        case.space, case.scores, budgets, allocation=case.allocation, multiple=case.multiple
-    )
+    family = select_family(case.space, case.scores, budgets, allocation=case.allocation, multiple=case.multiple)
     by_size = sorted(family, key=lambda selection: int(selection.mask.kept.sum()))
     for smaller, larger in itertools.pairwise(by_size):
         assert not (smaller.mask.kept & ~larger.mask.kept).any()
@@ -258,8 +256,9 @@ def test_within_a_mask_nothing_else_is_kept(data: st.DataObject) -> None:
     found = other.select(budget, within=outer.mask)
     assert not (found.mask.kept & ~kept).any()
     assert fits(case, case.space.counts(found.mask.kept).tolist(), budget)
-    for part, inside, values in zip(case.space.split(found.mask.kept), case.space.split(kept),
-                                    case.space.split(other.scores), strict=True):  # fmt: skip
+    for part, inside, values in zip(
+        case.space.split(found.mask.kept), case.space.split(kept), case.space.split(other.scores), strict=True
+    ):
         if part.any() and (inside & ~part).any():
             assert values[part].min() >= values[inside & ~part].max()
 

@@ -169,8 +169,10 @@ def test_magnitudes_are_norms_of_the_weights_that_make_a_unit(
     expected = []
     for group in space.groups:
         for unit in range(group.size):
-            values = [rows_of(model.get_parameter(name).detach(), group.size, group.width, unit)
-                      for name, _ in group.tensors("produces")]  # fmt: skip
+            values = [
+                rows_of(model.get_parameter(name).detach(), group.size, group.width, unit)
+                for name, _ in group.tensors("produces")
+            ]
             whole = torch.cat([value.flatten() for value in values])
             expected.append(float(whole.norm(power)))
     np.testing.assert_allclose(score(criterion, model, space), expected, rtol=1e-9)
@@ -250,7 +252,7 @@ def test_the_scales_of_all_norms_behind_a_unit_are_averaged() -> None:
     expected = [
         ((block.bn1.weight.abs() + block.bn2.weight.abs()) / 2).detach().numpy()
         for block in (model.get_submodule("first"), model.get_submodule("second"))
-    ]  # fmt: skip
+    ]
     np.testing.assert_allclose(score("bn-scale", model, space), np.concatenate(expected))
 
 
@@ -343,12 +345,13 @@ def test_the_model_is_left_as_it_was(criterion: Criterion, fails: bool) -> None:
 def snapshot(model: nn.Module) -> dict[str, Any]:
     return {
         "values": {name: value.clone() for name, value in model.state_dict().items()},
-        "gradients": {name: None if value.grad is None else value.grad.clone()
-                      for name, value in model.named_parameters()},
+        "gradients": {
+            name: None if value.grad is None else value.grad.clone() for name, value in model.named_parameters()
+        },
         "flags": [value.requires_grad for value in model.parameters()],
         "modes": [module.training for module in model.modules()],
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
-    }  # fmt: skip
+    }
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -413,8 +416,12 @@ def test_normalising_never_changes_the_order_inside_a_group(scores: NDArray[np.f
     for before, after in zip(SPACE.split(scores), SPACE.split(found), strict=True):
         order = np.argsort(before, kind="stable")
         assert (np.diff(after[order]) >= 0).all()
-        scale = {"none": 1.0, "mean": np.abs(after).mean(), "max": np.abs(after).max(),
-                 "l2": np.sqrt((after**2).mean())}[how]  # fmt: skip
+        scale = {
+            "none": 1.0,
+            "mean": np.abs(after).mean(),
+            "max": np.abs(after).max(),
+            "l2": np.sqrt((after**2).mean()),
+        }[how]
         if how != "none" and np.abs(before).max() > 0:
             assert scale == pytest.approx(1)
     assert np.array_equal(normalise(SPACE, np.zeros(18), how), np.zeros(18))

@@ -272,9 +272,13 @@ def test_ctrl_c_in_a_round_ends_the_pruning(resnet: Backbone, task: DecodedTask)
     with pytest.raises(KeyboardInterrupt):
         prune(resnet, task, plan(rounds=2, round_steps=5), on_step=interrupt)
     assert seen == [
-        ("whole model", 0, 0), ("scoring", 0, 0), ("closed form", 0, 0),
-        ("round 1", 0, 5), ("round 1", 1, 5), ("round 1", 2, 5),
-    ]  # fmt: skip
+        ("whole model", 0, 0),
+        ("scoring", 0, 0),
+        ("closed form", 0, 0),
+        ("round 1", 0, 5),
+        ("round 1", 1, 5),
+        ("round 1", 2, 5),
+    ]
 
 
 def test_ctrl_c_in_the_last_fine_tuning_keeps_the_best(resnet: Backbone, task: DecodedTask, once: Pruned) -> None:

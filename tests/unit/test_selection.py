@@ -142,7 +142,10 @@ def test_a_note_says_why_a_budget_is_not_used_up(space: UnitSpace) -> None:
     roomy = select(space, SCORES, Budget(parameters=1000))
     assert roomy.mask.kept.all()
     assert roomy.slack == pytest.approx(0.94)
-    assert roomy.note == "94.0% of the parameters asked for are unused: the whole model, or the keep ratio asked for, already fits"  # noqa: E501
+    assert (
+        roomy.note
+        == "94.0% of the parameters asked for are unused: the whole model, or the keep ratio asked for, already fits"
+    )
     both = select(space, SCORES, Budget(keep=0.5, macs=1000))
     assert both.note is not None and "multiply-accumulates" in both.note and "keep ratio" in both.note
     coarse = select(space, SCORES, Budget(parameters=59), multiple=4)
@@ -189,9 +192,16 @@ def test_the_smallest_reachable_is_that_of_the_rounding(space: UnitSpace) -> Non
 
 @pytest.mark.parametrize(
     ("multiple", "keep", "counts"),
-    [(2, 0.7, [2, 4]), (4, 0.6, [4, 4]), (4, 1, [4, 8]), (3, 1, [4, 8]), (3, 0.99, [3, 6]), (8, 0.5, [4, 8]),
-     (100, 0.01, [4, 8])],
-)  # fmt: skip
+    [
+        (2, 0.7, [2, 4]),
+        (4, 0.6, [4, 4]),
+        (4, 1, [4, 8]),
+        (3, 1, [4, 8]),
+        (3, 0.99, [3, 6]),
+        (8, 0.5, [4, 8]),
+        (100, 0.01, [4, 8]),
+    ],
+)
 @pytest.mark.parametrize("allocation", ["layer", "global"])
 def test_widths_are_multiples_or_left_whole(
     space: UnitSpace, multiple: int, keep: float, counts: list[int], allocation: Any

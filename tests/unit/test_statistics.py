@@ -69,8 +69,10 @@ def test_every_kept_channel_has_the_dense_mean_and_spread(dense: nn.Module, imag
     channels = kept(space.tensors[f"{name}.weight"][0], units, space.sizes.tolist())
     wanted = outputs(dense, name, images)[channels]
     before = outputs(pruned, name, images)
-    assert match_batch_norm(pruned, dense, {name: channels.tolist()} | kept_channels(space, units), images,
-                            PREPROCESSING) > 10  # fmt: skip
+    assert (
+        match_batch_norm(pruned, dense, {name: channels.tolist()} | kept_channels(space, units), images, PREPROCESSING)
+        > 10
+    )
     found = outputs(pruned, name, images)
     assert not torch.allclose(before.mean(1), wanted.mean(1), atol=0.05)
     assert torch.allclose(found.mean(1), wanted.mean(1), atol=1e-3)

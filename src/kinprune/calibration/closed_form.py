@@ -17,7 +17,6 @@ from kinprune.calibration.residual import ReconstructionLayer
 from kinprune.calibration.statistics import match_batch_norm
 from kinprune.preprocessing import Preprocessing
 
-
 JUDGES = 512
 """How many images starts are compared on."""
 

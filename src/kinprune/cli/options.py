@@ -11,95 +11,138 @@ import typer
 from kinprune.cli.values import between, whole
 
 SECTIONS = DATA, MODEL, BUDGET, PRUNING, TRAINING, RUNNING = (
-    "Data", "Model", "Budget (one or more, all of them hold)", "Pruning", "Fine-tuning", "Running and output",
-)  # fmt: skip
+    "Data",
+    "Model",
+    "Budget (one or more, all of them hold)",
+    "Pruning",
+    "Fine-tuning",
+    "Running and output",
+)
 """The sections of a command's help, in their order."""
 
 ModelName = Annotated[
-    str, typer.Option(
-        "--model", metavar="NAME", rich_help_panel=MODEL,
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        rich_help_panel=MODEL,
         help="A timm model name, such as resnet18, or MODULE:FACTORY for a function of your own that returns one.",
     ),
-]  # fmt: skip
+]
 Weights = Annotated[
-    Path | None, typer.Option(
-        "--weights", metavar="FILE", rich_help_panel=MODEL,
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        rich_help_panel=MODEL,
         help="The model's weights in a safetensors file; without it, those that timm publishes are fetched.",
     ),
-]  # fmt: skip
+]
 Random = Annotated[
     bool, typer.Option("--random", rich_help_panel=MODEL, help="Start from newly initialised weights, on purpose.")
 ]
 ImageSize = Annotated[
-    int | None, typer.Option(
-        "--image-size", metavar="PIXELS", parser=whole(1), rich_help_panel=MODEL,
+    int | None,
+    typer.Option(
+        "--image-size",
+        metavar="PIXELS",
+        parser=whole(1),
+        rich_help_panel=MODEL,
         help="Side of the square that images are resized to. [default: the model's own]",
     ),
-]  # fmt: skip
+]
 Stream = Annotated[
     bool, typer.Option("--stream", rich_help_panel=PRUNING, help="Cut the channels of the residual stream too.")
 ]
 Classes = Annotated[
-    str | None, typer.Option(
-        "--classes", metavar="A,B,...", rich_help_panel=DATA,
+    str | None,
+    typer.Option(
+        "--classes",
+        metavar="A,B,...",
+        rich_help_panel=DATA,
         help="Only these classes, in this order: names with commas between them. [default: all]",
     ),
-]  # fmt: skip
+]
 Shots = Annotated[
-    int | None, typer.Option(
-        "--shots", metavar="N", parser=whole(1), rich_help_panel=DATA,
+    int | None,
+    typer.Option(
+        "--shots",
+        metavar="N",
+        parser=whole(1),
+        rich_help_panel=DATA,
         help="At most N training images of each class. [default: all]",
     ),
-]  # fmt: skip
+]
 TestFraction = Annotated[
-    float, typer.Option(
-        "--test-fraction", metavar="SHARE", parser=between(0, 1, "0.2"), rich_help_panel=DATA,
+    float,
+    typer.Option(
+        "--test-fraction",
+        metavar="SHARE",
+        parser=between(0, 1, "0.2"),
+        rich_help_panel=DATA,
         help="Share of each class kept for testing, where the data have no test part of their own.",
     ),
-]  # fmt: skip
+]
 ImageColumn = Annotated[
-    str | None, typer.Option(
-        "--image-column", metavar="NAME", rich_help_panel=DATA,
+    str | None,
+    typer.Option(
+        "--image-column",
+        metavar="NAME",
+        rich_help_panel=DATA,
         help="Column of the images in parquet data, where it is not plain which.",
     ),
-]  # fmt: skip
+]
 LabelColumn = Annotated[
-    str | None, typer.Option(
-        "--label-column", metavar="NAME", rich_help_panel=DATA,
+    str | None,
+    typer.Option(
+        "--label-column",
+        metavar="NAME",
+        rich_help_panel=DATA,
         help="Column of the labels in parquet data, where it is not plain which.",
     ),
-]  # fmt: skip
+]
 BatchSize = Annotated[
-    int, typer.Option(
+    int,
+    typer.Option(
         "--batch-size", metavar="N", parser=whole(1), rich_help_panel=RUNNING, help="Images that are run at a time."
     ),
-]  # fmt: skip
+]
 Json = Annotated[
-    bool, typer.Option(
+    bool,
+    typer.Option(
         "--json", rich_help_panel=RUNNING, help="Print one JSON object on standard output, all else on standard error."
     ),
-]  # fmt: skip
+]
 Seed = Annotated[
-    int, typer.Option(
-        "--seed", metavar="N", parser=whole(0), rich_help_panel=RUNNING,
+    int,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        parser=whole(0),
+        rich_help_panel=RUNNING,
         help="Decides all that is random: the same seed gives the same result.",
     ),
-]  # fmt: skip
+]
 Device = Annotated[
     str,
     typer.Option("--device", metavar="NAME", rich_help_panel=RUNNING, help="Where to compute: cpu, cuda or cuda:N."),
 ]
 Threads = Annotated[
-    int | None, typer.Option(
+    int | None,
+    typer.Option(
         "--threads", metavar="N", parser=whole(1), rich_help_panel=RUNNING, help="CPU threads. [default: all cores]"
     ),
-]  # fmt: skip
+]
 Tolerance = Annotated[
-    float, typer.Option(
-        "--tolerance", metavar="NUMBER", parser=between(0, math.inf, "0.0001"), rich_help_panel=RUNNING,
+    float,
+    typer.Option(
+        "--tolerance",
+        metavar="NUMBER",
+        parser=between(0, math.inf, "0.0001"),
+        rich_help_panel=RUNNING,
         help="Largest difference from PyTorch's logits that is accepted, in parts of the greatest logit.",
     ),
-]  # fmt: skip
+]
 
 
 def chosen_classes(text: str | None) -> list[str] | None:

@@ -62,8 +62,11 @@ def prune_command(
     Ctrl-C while fine-tuning keeps the best model so far and saves it; before that nothing is written.
     """
     limits = {
-        "parameters": max_params, "macs": max_macs, "weight_bytes": max_weights, "peak_memory_bytes": max_memory,
-    }  # fmt: skip
+        "parameters": max_params,
+        "macs": max_macs,
+        "weight_bytes": max_weights,
+        "peak_memory_bytes": max_memory,
+    }
     given = {name: wanted for name, wanted in limits.items() if wanted is not None}
     if keep is None and not given:
         raise BudgetError(
@@ -83,19 +86,35 @@ def prune_command(
     check_destination(out, overwrite=overwrite)
     check_name(model)
     recipe = Recipe(
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, optimiser=_word(optimiser), flip=flip,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        optimiser=_word(optimiser),
+        flip=flip,
         seed=seed,
-    )  # fmt: skip
+    )
     # Limits in per cent need the model: all else is refused before the data are looked at.
     plan = Plan(
-        Budget(keep=keep or 1), criterion=_word(method), rounds=rounds, round_steps=round_steps,
-        allocation=_word(allocation), multiple=multiple, stream=stream, reconstruct=reconstruct, head=_word(head),
+        Budget(keep=keep or 1),
+        criterion=_word(method),
+        rounds=rounds,
+        round_steps=round_steps,
+        allocation=_word(allocation),
+        multiple=multiple,
+        stream=stream,
+        reconstruct=reconstruct,
+        head=_word(head),
         recipe=recipe,
-    )  # fmt: skip
+    )
     task = load_task(
-        data, classes=shared.chosen_classes(classes), shots=shots, test_fraction=test_fraction, seed=seed,
-        image_column=image_column, label_column=label_column,
-    )  # fmt: skip
+        data,
+        classes=shared.chosen_classes(classes),
+        shots=shots,
+        test_fraction=test_fraction,
+        seed=seed,
+        image_column=image_column,
+        label_column=label_column,
+    )
     backbone = load_backbone(
         model, num_classes=len(task.classes), weights=weights, random=random, seed=seed, image_size=image_size
     )
@@ -159,9 +178,12 @@ def _print(summary: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     whole, costs = summary["whole"], summary["costs"]
     rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-        ("units", "units", count), ("parameters", "parameters", count), ("MACs", "macs", count),
-        ("weights", "weight_bytes", size), ("peak memory", "peak_memory_bytes", size),
-    )  # fmt: skip
+        ("units", "units", count),
+        ("parameters", "parameters", count),
+        ("MACs", "macs", count),
+        ("weights", "weight_bytes", size),
+        ("peak memory", "peak_memory_bytes", size),
+    )
     for title, name, text in rows:
         table.add_row(title, text(whole[name]), text(costs[name]), f"{costs[name] / whole[name]:.1%}")
     table.add_row("test accuracy", f"{summary['accuracy_dense']:.1%}", f"{summary['accuracy']:.1%}", "")

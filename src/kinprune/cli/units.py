@@ -57,9 +57,13 @@ def units_command(
     from kinprune.units import find_units
 
     backbone = load_backbone(
-        model, num_classes=num_classes, weights=weights, random=random or weights is None, seed=seed,
+        model,
+        num_classes=num_classes,
+        weights=weights,
+        random=random or weights is None,
+        seed=seed,
         image_size=image_size,
-    )  # fmt: skip
+    )
     space = find_units(backbone.model, backbone.preprocessing.image_size, stream=stream, head=backbone.head)
     described = _describe(model, space, backbone.preprocessing.image_size)
     if json:
@@ -128,9 +132,13 @@ def _groups(described: dict[str, Any]) -> Table:
         width = f" x {group['width']}" if group["width"] > 1 else ""
         note = ["normalised over the units" if group["normalised"] else ""] if normalised else []
         table.add_row(
-            group["name"], group["kind"], f"{group['units']}{width}", count(group["parameters"]), count(group["macs"]),
+            group["name"],
+            group["kind"],
+            f"{group['units']}{width}",
+            count(group["parameters"]),
+            count(group["macs"]),
             *note,
-        )  # fmt: skip
+        )
     return table
 
 

@@ -19,7 +19,7 @@ from kinprune.cli.options import (
     TestFraction,
     Threads,
     Tolerance,
-)  # fmt: skip
+)
 from kinprune.cli.output import console, say, size
 from kinprune.cli.running import begin, guarded
 from kinprune.cli.values import whole
@@ -58,9 +58,13 @@ def eval_command(
 
     artifact = load(directory)
     task = load_task(
-        data, classes=list(artifact.classes), test_fraction=test_fraction, seed=seed,
-        image_column=image_column, label_column=label_column,
-    )  # fmt: skip
+        data,
+        classes=list(artifact.classes),
+        test_fraction=test_fraction,
+        seed=seed,
+        image_column=image_column,
+        label_column=label_column,
+    )
     decoded = decode(task, artifact.preprocessing, progress=True, threads=threads)
     found = evaluate(artifact.model, decoded.test, artifact.preprocessing, batch_size=batch_size, device=device)
     if json:

@@ -110,6 +110,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe, name: str, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimiser ``name`` over the model's trainable parameters, decayed and slowed by depth as the recipe says."""
     spared: Any = getattr(model, "no_weight_decay", set)
     groups = param_groups_layer_decay(
         model,
@@ -123,12 +124,14 @@ def make_optimiser(model: nn.Module, recipe: Recipe, name: str, learning_rate: f
 
 
 def optimiser_name(model: nn.Module, recipe: Recipe) -> Literal["sgd", "adamw"]:
+    """What the recipe's optimiser is for this model: ``auto`` is SGD with batch norm, AdamW without."""
     if recipe.optimiser == "auto":
         return "sgd" if batch_norms(model) else "adamw"
     return recipe.optimiser
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """What the recipe's precision is on this device: ``auto`` is bfloat16 where it is multiplied natively."""
     if recipe.precision != "auto":
         return recipe.precision
     if device.type == "cuda":

@@ -6,6 +6,16 @@ from kinprune.units.space import Group, Mask, Part, Shortcut, UnitSpace, Whole
 from kinprune.units.surgery import attributes_of, extract, set_attributes
 
 __all__ = [
-    "CostModel", "Costs", "Group", "Mask", "Part", "Shortcut", "UnitSpace", "Whole",
-    "attributes_of", "extract", "find_units", "set_attributes",
-]  # fmt: skip
+    "CostModel",
+    "Costs",
+    "Group",
+    "Mask",
+    "Part",
+    "Shortcut",
+    "UnitSpace",
+    "Whole",
+    "attributes_of",
+    "extract",
+    "find_units",
+    "set_attributes",
+]

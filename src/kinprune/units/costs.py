@@ -166,9 +166,7 @@ def cost_model(
     return CostModel(parameters.terms(), size.terms(), macs.terms(), activations, alive)
 
 
-def _liveness(
-    operations: Sequence[Operation], layout_of: Callable[[int], Layout], groups: int
-) -> tuple[Terms, Counts]:
+def _liveness(operations: Sequence[Operation], layout_of: Callable[[int], Layout], groups: int) -> tuple[Terms, Counts]:
     """The bytes of every activation, and ``[moments, activations]``: which are alive when one is made."""
     last: dict[int, int] = {}
     for moment, operation in enumerate(operations):
@@ -185,10 +183,15 @@ def _liveness(
         if output.storage in owner:  # a view, or in place
             continue
         shape = tuple(sorted(output.axes))
-        dying = [
-            owner[storage] for storage in operation.reads
-            if storage in owner and last[storage] == moment and shapes[owner[storage]] == shape
-        ] if operation.in_place else []  # fmt: skip
+        dying = (
+            [
+                owner[storage]
+                for storage in operation.reads
+                if storage in owner and last[storage] == moment and shapes[owner[storage]] == shape
+            ]
+            if operation.in_place
+            else []
+        )
         if dying:
             owner[output.storage] = dying[0]
             spans[dying[0]][1] = last[output.storage]

@@ -73,10 +73,7 @@ def _scales(
     """Whether a batch norm uses its running statistics, all in the values' type."""
     given = [tensor for tensor in (weight, bias) if tensor is not None]
     return not training and all(
-        tensor is not None
-        and tensor.is_meta
-        and tensor.shape == values.shape[1:2]
-        and tensor.dtype == values.dtype
+        tensor is not None and tensor.is_meta and tensor.shape == values.shape[1:2] and tensor.dtype == values.dtype
         for tensor in (*given, mean, var)
     )
 

@@ -161,9 +161,7 @@ class Mask:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Mask)
-            and self.fingerprint == other.fingerprint
-            and np.array_equal(self.kept, other.kept)
+            isinstance(other, Mask) and self.fingerprint == other.fingerprint and np.array_equal(self.kept, other.kept)
         )
 
     def __hash__(self) -> int:

@@ -224,6 +224,11 @@ def _flat(value: Any) -> list[Any]:
     return [value]
 
 
+def reference_tensor(model: nn.Module) -> Tensor:
+    """A tensor whose device and type the model's images share."""
+    return next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+
+
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of a model with its parameters and buffers on the meta device; no weight is copied."""
     memo: dict[int, Any] = {}

@@ -30,15 +30,36 @@ _FAMILIES: dict[str, tuple[int, Callable[..., nn.Module]]] = {
     "convnext": (32, partial(timm.create_model, "convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 24))),
     "vit": (32, partial(timm.create_model, "vit_tiny_patch16_224", img_size=32, **_VIT)),
     "deit3": (32, partial(timm.create_model, "deit3_small_patch16_224", img_size=32, **_VIT)),
-    "swin": (56, partial(timm.create_model, "swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2),
-                         num_heads=(3, 6), embed_dim=24)),
-    "levit": (64, partial(levit.Levit, img_size=64, embed_dim=(16, 24, 32), key_dim=8, num_heads=(2, 3, 4),
-                          depth=(1, 1, 1))),
-    "coatnet": (64, partial(timm.create_model, "coatnet_nano_rw_224", img_size=64, embed_dim=(16, 32, 48, 64),
-                            depths=(1, 1, 1, 1), stem_width=(8, 16), transformer_dim_head=16)),
+    "swin": (
+        56,
+        partial(
+            timm.create_model,
+            "swin_tiny_patch4_window7_224",
+            img_size=56,
+            depths=(2, 2),
+            num_heads=(3, 6),
+            embed_dim=24,
+        ),
+    ),
+    "levit": (
+        64,
+        partial(levit.Levit, img_size=64, embed_dim=(16, 24, 32), key_dim=8, num_heads=(2, 3, 4), depth=(1, 1, 1)),
+    ),
+    "coatnet": (
+        64,
+        partial(
+            timm.create_model,
+            "coatnet_nano_rw_224",
+            img_size=64,
+            embed_dim=(16, 32, 48, 64),
+            depths=(1, 1, 1, 1),
+            stem_width=(8, 16),
+            transformer_dim_head=16,
+        ),
+    ),
     "resnext": (32, partial(byobnet.ByobNet, replace(byobnet.model_cfgs["resnext26ts"], width_factor=0.5))),
     "mixer": (64, partial(mlp_mixer.MlpMixer, img_size=64, embed_dim=32, num_blocks=2)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,21 @@ from kinprune.units import Mask, UnitSpace, extract, find_units
 Build = Callable[..., tuple[nn.Module, tuple[int, int]]]
 Draw = Callable[[UnitSpace, int], Mask]
 FAMILIES = [
-    "resnet", "bottleneck", "seresnet", "densenet", "mobilenetv2", "mobilenetv3", "convnext", "vit", "deit3", "swin",
-    "levit", "coatnet", "resnext", "mixer",
-]  # fmt: skip
+    "resnet",
+    "bottleneck",
+    "seresnet",
+    "densenet",
+    "mobilenetv2",
+    "mobilenetv3",
+    "convnext",
+    "vit",
+    "deit3",
+    "swin",
+    "levit",
+    "coatnet",
+    "resnext",
+    "mixer",
+]
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -20,9 +20,21 @@ from kinprune.units import Mask, UnitSpace, extract, find_units
 
 Build = Callable[..., tuple[nn.Module, tuple[int, int]]]
 FAMILIES = [
-    "resnet", "bottleneck", "seresnet", "densenet", "mobilenetv2", "mobilenetv3", "convnext", "vit", "deit3", "swin",
-    "levit", "coatnet", "resnext", "mixer",
-]  # fmt: skip
+    "resnet",
+    "bottleneck",
+    "seresnet",
+    "densenet",
+    "mobilenetv2",
+    "mobilenetv3",
+    "convnext",
+    "vit",
+    "deit3",
+    "swin",
+    "levit",
+    "coatnet",
+    "resnext",
+    "mixer",
+]
 
 
 def summary(space: UnitSpace) -> list[tuple[str, str, int, int]]:
@@ -78,12 +90,18 @@ def test_resnet18_streams_are_named_by_their_first_layer_and_listed_as_whole_oth
     model = timm.create_model("resnet18")
     streams = [group for group in find_units(model, (32, 32), stream=True).groups if group.kind == "channel"]
     assert [(group.name, group.size) for group in streams] == [
-        ("conv1", 64), ("layer2.0.conv2", 128), ("layer3.0.conv2", 256), ("layer4.0.conv2", 512)
-    ]  # fmt: skip
+        ("conv1", 64),
+        ("layer2.0.conv2", 128),
+        ("layer3.0.conv2", 256),
+        ("layer4.0.conv2", 512),
+    ]
     whole = reasons(find_units(model, (32, 32), head="fc"))
     assert whole.pop("fc") == "the classifier's classes"
-    assert set(whole) == {"conv1", *(f"layer{stage}.{block}.conv2" for stage in (1, 2, 3, 4) for block in (0, 1)),
-                          *(f"layer{stage}.0.downsample.0" for stage in (2, 3, 4))}  # fmt: skip
+    assert set(whole) == {
+        "conv1",
+        *(f"layer{stage}.{block}.conv2" for stage in (1, 2, 3, 4) for block in (0, 1)),
+        *(f"layer{stage}.0.downsample.0" for stage in (2, 3, 4)),
+    }
     assert all("residual stream" in reason and "--stream" in reason for reason in whole.values())
 
 
@@ -199,17 +217,23 @@ def test_coupled_layers_are_those_that_torch_pruning_finds(name: str) -> None:
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             found = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, [0])
             outputs = (torch_pruning.prune_conv_out_channels, torch_pruning.prune_depthwise_conv_out_channels)
-            theirs.add(frozenset(
-                names[dependency.target.module] for dependency, _ in found
-                if isinstance(dependency.target.module, nn.Conv2d) and dependency.handler in outputs
-            ))  # fmt: skip
+            theirs.add(
+                frozenset(
+                    names[dependency.target.module]
+                    for dependency, _ in found
+                    if isinstance(dependency.target.module, nn.Conv2d) and dependency.handler in outputs
+                )
+            )
     space = find_units(model, (32, 32), stream=True)
     layers = {names[module] for module in model.modules() if isinstance(module, nn.Conv2d)}
     ours = {
-        frozenset(part.tensor.rpartition(".")[0] for part in group.parts
-                  if part.dimension == 0 and part.tensor.rpartition(".")[0] in layers)
+        frozenset(
+            part.tensor.rpartition(".")[0]
+            for part in group.parts
+            if part.dimension == 0 and part.tensor.rpartition(".")[0] in layers
+        )
         for group in space.groups
-    }  # fmt: skip
+    }
     assert ours == theirs
 
 
@@ -385,7 +409,7 @@ def test_tied_weights_are_one_tensor_of_one_group() -> None:
         (nn.Sequential(nn.Flatten()), "it has no layer with weights"),
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.Softmax(dim=1), nn.Flatten(), nn.Linear(512, 4)), "a softmax runs over"),
     ],
-)  # fmt: skip
+)
 def test_a_model_without_units_is_refused_with_the_reasons(model: nn.Module, told: str) -> None:
     with pytest.raises(UnitError, match="no prunable unit") as caught:
         find_units(model, (8, 8))
@@ -490,8 +514,13 @@ def test_the_fingerprint_is_that_of_the_units(build: Build) -> None:
     assert of("resnet", "fc") == first
     assert of("resnet", "fc", seed=1) == first
     assert of("resnet", "fc", classes=100) == first
-    others = [of("resnet", "fc", stream=True), of("seresnet", "fc"), of("bottleneck", "fc"), of("vit", "head"),
-              of("deit3", "head")]  # fmt: skip
+    others = [
+        of("resnet", "fc", stream=True),
+        of("seresnet", "fc"),
+        of("bottleneck", "fc"),
+        of("vit", "head"),
+        of("deit3", "head"),
+    ]
     assert len({first, *others}) == 6
 
 

@@ -105,8 +105,11 @@ def test_every_weight_of_it_learns(build: Build, family: str) -> None:
     assert all(parameter.grad is not None for parameter in small.parameters())
     optimiser.step()
     # Biases behind which a batch norm takes the mean away have no gradient; every weight has.
-    still = [name for name, value in small.named_parameters() if torch.equal(value, before[name])
-             and name.endswith(".weight") and value.dim() > 1]  # fmt: skip
+    still = [
+        name
+        for name, value in small.named_parameters()
+        if torch.equal(value, before[name]) and name.endswith(".weight") and value.dim() > 1
+    ]
     assert still == []
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
