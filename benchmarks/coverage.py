@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "coverage.jsonl")
     parser.add_argument("--skip-export", action="store_true", help="no ONNX, which takes most of the time")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time, one thread each")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds after which a run counts as failed")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds after which a run counts as failed")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
     options = parser.parse_args()
     started = time.perf_counter()

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--shots", type=int, help="at most so many training images of each class")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--out", type=Path, default=RESULTS / "oneshot.jsonl")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
@@ -42,7 +43,7 @@ def main() -> None:
     rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     done = {(row["model"], row["data"], row["method"], row["keep"]) for row in rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for model, data in product(MODELS, DATA):
+    for model, data in product(options.models, DATA):
         todo = [run for run in product(METHODS, options.keeps) if (model, data, *run) not in done]
         if todo:
             backbone, task = prepare(model, data, options)

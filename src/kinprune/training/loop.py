@@ -154,7 +154,7 @@ class _Run:
         for step in range(1, recipe.steps + 1):
             rate = self.learning_rate * schedule(step, recipe.steps, recipe.warmup)
             for group in optimiser.param_groups:
-                group["lr"] = rate * group["lr_scale"]
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             loss = self.step(next(order), optimiser, generator)
             if not math.isfinite(loss):
                 raise TrainingError(

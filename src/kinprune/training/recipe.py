@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
 
 from kinprune.calibration import batch_norms
@@ -112,11 +112,11 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 def make_optimiser(model: nn.Module, recipe: Recipe, name: str, learning_rate: float) -> torch.optim.Optimizer:
     """The optimiser ``name`` over the model's trainable parameters, decayed and slowed by depth as the recipe says."""
     spared: Any = getattr(model, "no_weight_decay", set)
-    groups = param_groups_layer_decay(
-        model,
-        weight_decay=recipe.weight_decay,
-        no_weight_decay_list=tuple(spared()),
-        layer_decay=recipe.layer_decay,
+    decay, bare = recipe.weight_decay, tuple(spared())
+    groups = (
+        param_groups_weight_decay(model, decay, no_weight_decay_list=bare)
+        if recipe.layer_decay == 1
+        else param_groups_layer_decay(model, decay, no_weight_decay_list=bare, layer_decay=recipe.layer_decay)
     )
     if name == "sgd":
         return torch.optim.SGD(groups, learning_rate, momentum=recipe.momentum, nesterov=True)
