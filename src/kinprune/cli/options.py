@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kinprune.cli.values import between, whole
+from kinprune.cli.values import between, three, whole
 
 SECTIONS = DATA, MODEL, BUDGET, PRUNING, TRAINING, RUNNING = (
     "Data",
@@ -49,6 +49,44 @@ ImageSize = Annotated[
         parser=whole(1),
         rich_help_panel=MODEL,
         help="Side of the square that images are resized to. [default: the model's own]",
+    ),
+]
+Mean = Annotated[
+    Any,
+    typer.Option(
+        "--mean",
+        metavar="R,G,B",
+        parser=three,
+        rich_help_panel=MODEL,
+        help="Mean of each colour, for pixels from 0 to 1. [default: the model's own]",
+    ),
+]
+Std = Annotated[
+    Any,
+    typer.Option(
+        "--std",
+        metavar="R,G,B",
+        parser=three,
+        rich_help_panel=MODEL,
+        help="Standard deviation of each colour. [default: the model's own]",
+    ),
+]
+Interpolation = Annotated[
+    str | None,
+    typer.Option(
+        "--interpolation",
+        metavar="NAME",
+        rich_help_panel=MODEL,
+        help="How images are resized: nearest, bilinear or bicubic. [default: the model's own]",
+    ),
+]
+CropPct = Annotated[
+    float | None,
+    typer.Option(
+        "--crop-pct",
+        metavar="SHARE",
+        rich_help_panel=MODEL,
+        help="Share of the resized image's side that the centre crop keeps. [default: the model's own]",
     ),
 ]
 Stream = Annotated[

@@ -33,6 +33,10 @@ def prune_command(
     weights: shared.Weights = None,
     random: shared.Random = False,
     image_size: shared.ImageSize = None,
+    mean: shared.Mean = None,
+    std: shared.Std = None,
+    interpolation: shared.Interpolation = None,
+    crop_pct: shared.CropPct = None,
     keep: own.Keep = None,
     max_params: own.MaxParams = None,
     max_macs: own.MaxMacs = None,
@@ -116,7 +120,16 @@ def prune_command(
         label_column=label_column,
     )
     backbone = load_backbone(
-        model, num_classes=len(task.classes), weights=weights, random=random, seed=seed, image_size=image_size
+        model,
+        num_classes=len(task.classes),
+        weights=weights,
+        random=random,
+        seed=seed,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        crop_pct=crop_pct,
     )
     plan = _limited(plan, backbone, keep, given)
     unit_space(backbone, plan)
@@ -186,8 +199,9 @@ def _print(summary: dict[str, Any]) -> None:
     )
     for title, name, text in rows:
         table.add_row(title, text(whole[name]), text(costs[name]), f"{costs[name] / whole[name]:.1%}")
-    table.add_row("test accuracy", f"{summary['accuracy_dense']:.1%}", f"{summary['accuracy']:.1%}", "")
-    table.add_row("  before fine-tuning", "", f"{summary['accuracy_closed_form']:.1%}", "")
+    closed_form = f"{summary['accuracy_dense']:.1%}", f"{summary['accuracy_closed_form']:.1%}"
+    table.add_row("accuracy in closed form", *closed_form, "")
+    table.add_row("accuracy fine-tuned", "", f"{summary['accuracy']:.1%}", "")
     shown = console()
     shown.print(table)
     if summary["note"]:

@@ -57,6 +57,15 @@ def between(low: float, high: float, example: str) -> Callable[[Any], float]:
     return parse
 
 
+def three(text: Any) -> tuple[float, float, float]:
+    """Three numbers with commas between them, one a colour."""
+    try:
+        red, green, blue = (float(part) for part in str(text).split(","))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}', expected three numbers such as 0.5,0.5,0.5") from None
+    return red, green, blue
+
+
 def share(text: Any) -> float:
     """A share above 0 and at most 1, written ``0.1`` or ``10%``."""
     match = _NUMBER.fullmatch(str(text).strip())
