@@ -117,8 +117,8 @@ def page(rows: Sequence[Row], names: Sequence[str]) -> str:
         [
             "# Which models can be pruned",
             "",
-            "Made by `python benchmarks/coverage.py`: random weights, half of the units of every group. How each column is",
-            "measured: [benchmarks/README.md](../README.md#coverage).",
+            "Made by `python benchmarks/coverage.py`: random weights, half of the units of every group. How each column",
+            "is measured: [benchmarks/README.md](../README.md#coverage).",
             "",
             "| | |",
             "|---:|---|",

@@ -41,6 +41,8 @@ def attributes_of_draft(draft: Draft, made: Layouts) -> dict[tuple[str, str], La
             result[module_name, "num_groups"] = made[grouping] if grouping is not None else Fixed(1)
         elif tensor == "weight" and isinstance(getattr(module, "normalized_shape", None), tuple):
             result[module_name, "normalized_shape"] = layout
+        elif grouping is not None and getattr(module, "channels", None) == draft.axes.size(grouping):
+            result[module_name, "channels"] = made[grouping]  # a fixed filter for each channel (anti-aliasing)
     for number, leaf in enumerate(draft.chosen):
         owner = owner_of(draft, leaf)
         for name, attribute, count in head_attributes(draft, leaf, number, owner):
