@@ -113,11 +113,12 @@ def page(rows: Sequence[Row], names: Sequence[str]) -> str:
     )
     table = [_line(own[name], other.get(name)) for name in names if name in own]
     table.sort(key=lambda cells: (cells[1], cells[0]))
+    made_with = ", ".join(f"{name} {version}" for name, version in rows[-1].get("versions", {}).items())
     return "\n".join(
         [
             "# Which models can be pruned",
             "",
-            "Made by `python benchmarks/coverage.py`: random weights, half of the units of every group. How each column",
+            "Made by `python benchmarks/coverage.py`: random weights, half of every group's units. How each column",
             "is measured: [benchmarks/README.md](../README.md#coverage).",
             "",
             "| | |",
@@ -134,7 +135,7 @@ def page(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 def _line(row: Row, other: Row | None) -> list[str]:
     if "groups" not in row:
-        return [row["model"], row.get("family", ""), row["error"], *[""] * 9, *_peer(other)]
+        return [row["model"], row.get("family", ""), _cell(row["error"]), *[""] * 9, *_peer(other)]
     groups = ", ".join(f"{number} {kind}" for kind, number in row["groups"].items())
     whole = ", ".join(f"{number} {name}" for name, number in row["whole"].items())
     return [
@@ -154,6 +155,12 @@ def _line(row: Row, other: Row | None) -> list[str]:
     ]
 
 
+def _cell(error: str) -> str:
+    """The beginning of an error, fit for a table."""
+    text = error.removeprefix("ExportError: ").replace("|", "/")
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
@@ -164,7 +171,7 @@ def _streams(row: Row) -> str:
     found = row.get("with_stream")
     if found is None:
         return ""
-    return _share(left(found)) if found["runs"] else found["error"]
+    return _share(left(found)) if found["runs"] else _cell(found["error"])
 
 
 def _masked(row: Row) -> str:
@@ -180,12 +187,12 @@ def _masked(row: Row) -> str:
 def _onnx(row: Row) -> str:
     if "onnx" not in row:
         return ""
-    return f"{row['onnx_difference']:.0e}" if row["onnx"] else row["onnx_error"]
+    return f"{row['onnx_difference']:.0e}" if row["onnx"] else _cell(row["onnx_error"])
 
 
 def _peer(row: Row | None) -> list[str]:
     if row is None:
         return ["", ""]
-    said = "runs" if row["runs"] else row["error"].replace("|", "/")
+    said = "runs" if row["runs"] else _cell(row["error"])
     share = left(row)
     return [said + (f", {share:.0%} left" if share is not None else ""), str(row.get("cut_seconds", ""))]

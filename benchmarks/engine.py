@@ -226,7 +226,7 @@ def page(found: dict[str, Any]) -> str:
             "# From a whole model to a pruned one",
             "",
             f"Made by `python benchmarks/engine.py --threads {found['threads']}`: medians of {found['repeats']} runs,",
-            "the tools in turn; half of every layer, random scores. MB is how much resident memory grows at most beyond",
+            "the tools in turn; half of every layer, random scores. MB is how far resident memory grows at most over",
             "the model itself. How it is measured: [benchmarks/README.md](../README.md#engine).",
             "",
             f"| {' | '.join(columns)} |",
