@@ -119,7 +119,7 @@ def page(rows: Sequence[Row], names: Sequence[str]) -> str:
             "# Which models can be pruned",
             "",
             "Made by `python benchmarks/coverage.py`: random weights, half of every group's units. How each column",
-            "is measured: [benchmarks/README.md](../README.md#coverage).",
+            f"is measured: [benchmarks/README.md](../README.md#coverage). Versions: {made_with}.",
             "",
             "| | |",
             "|---:|---|",

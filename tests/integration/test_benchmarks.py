@@ -66,6 +66,6 @@ def test_engine_times_both_tools(engine: ModuleType, tmp_path: Path, capsys: pyt
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which is Linux's")
 def test_engine_measures_memory(engine: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    engine.main(["--fresh", "test_resnet", "kinprune_in_blocks", "--threads", "1"])
+    engine.main(["--fresh", "resnet18", "kinprune_in_blocks", "--threads", "1"])
     found = json.loads(capsys.readouterr().out)
     assert found["first_total"] > 0 and found["memory_bytes"] > 0
