@@ -48,7 +48,7 @@ def main() -> None:
         if todo:
             backbone, task = prepare(model, data, options)
         for method, keep in todo:
-            row = run_one(backbone, task, model, data, method, keep, options.steps)
+            row = run_one(backbone, task, (model, data, method, keep), options)
             rows.append(row)
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -67,17 +67,19 @@ def prepare(model: str, data: str, options: argparse.Namespace) -> tuple[kp.Back
 
 
 def run_one(
-    backbone: kp.Backbone, task: kp.DecodedTask, model: str, data: str, method: Any, keep: float, steps: int
+    backbone: kp.Backbone, task: kp.DecodedTask, run: tuple[str, str, Any, float], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Prune once and tell what a table needs."""
-    plan = kp.Plan(kp.Budget(keep=keep), criterion=method, recipe=kp.Recipe(steps=steps))
+    model, data, method, keep = run
+    plan = kp.Plan(kp.Budget(keep=keep), criterion=method, recipe=kp.Recipe(steps=options.steps))
     found = summarise(kp.prune(backbone, task, plan))
     return {
         "model": model,
         "data": data,
         "method": method,
         "keep": keep,
-        "steps": steps,
+        "steps": options.steps,
+        "shots": options.shots,
         "accuracy_dense": found["accuracy_dense"],
         "accuracy_0": found["accuracy_closed_form"],
         "accuracy": found["accuracy"],
@@ -107,10 +109,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     steps = sorted({row["steps"] for row in rows})
     rows = sorted(rows, key=lambda row: (row["model"], row["data"], -row["keep"], METHODS.index(row["method"])))
     title = "# One-shot pruning of real models on real images\n\n"
+    shots = " and ".join("all" if row is None else f"at most {row}" for row in {row["shots"]: 0 for row in rows})
     how = (
-        "Made by `python benchmarks/oneshot.py --data DIR --weights DIR`; one seed, a held-out fifth of the images. "
-        "Dense: the whole model with a closed-form head. 0 steps: the pruned model in closed form (reconstruction, "
-        "batch norm, ridge head). Seconds are of the whole pruning, on two shared cores.\n\n"
+        "Made by `python benchmarks/oneshot.py --data DIR --weights DIR`; one seed, a held-out fifth of the images, "
+        f"{shots} training images a class. Dense: the whole model with a closed-form head. 0 steps: the pruned model "
+        "in closed form (reconstruction, batch norm, ridge head). Seconds are of the whole pruning, on a shared "
+        "machine.\n\n"
     )
     last = "/".join(map(str, steps))
     head = f"| model | data | keep | method | dense | 0 steps | {last} steps | parameters | MACs | seconds |\n"

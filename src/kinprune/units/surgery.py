@@ -7,7 +7,6 @@ and trained like the original.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kinprune.units.copies import copy_around
 from kinprune.units.layout import Layout, groups, kept, size
 from kinprune.units.modes import forget
 from kinprune.units.space import Mask, UnitSpace
@@ -50,7 +50,7 @@ def extract(model: nn.Module, space: UnitSpace, mask: Mask) -> nn.Module:
             cut = _take(cut, dimension, indices[layout].to(tensor.device))
         cut = cut.clone() if cut.untyped_storage() is tensor.untyped_storage() or cut.shape == tensor.shape else cut
         memo[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
-    small = copy.deepcopy(model, memo)
+    small = copy_around(model, memo)
     set_attributes(small, attributes_of(space, [len(chosen) for chosen in units]))
     forget(small)
     return small

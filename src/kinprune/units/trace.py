@@ -6,7 +6,6 @@ said in ``rules``; an operation without a rule freezes whatever it touches, unde
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinprune.errors import UnitError
 from kinprune.units.axes import Axes
+from kinprune.units.copies import copy_around
 from kinprune.units.modes import evaluating
 from kinprune.units.shapes import run
 
@@ -236,7 +236,7 @@ def on_meta(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return copy_around(model, memo)
 
 
 def watch(model: nn.Module, image: Tensor, rules: Mapping[str, Any], trace: Trace) -> None:
