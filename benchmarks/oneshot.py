@@ -97,7 +97,8 @@ def run_one(
 def line(row: dict[str, Any]) -> str:
     """One run, for people."""
     return (
-        f"| {row['model']} | {row['data']} | {row['keep']:g} | {row['method']} | {row['accuracy_dense']:.1%} "
+        f"| {row['model']} | {row['data']} | {row['shots'] or 'all'} "
+        f"| {row['keep']:g} | {row['method']} | {row['accuracy_dense']:.1%} "
         f"| {row['accuracy_0']:.1%} | {row['accuracy']:.1%} | {row['parameters'] / 1e6:.2f} M "
         f"({row['parameters'] / row['parameters_dense']:.0%}) | {row['macs'] / 1e6:.0f} M "
         f"({row['macs'] / row['macs_dense']:.0%}) | {sum(row['seconds'].values()):.0f} |"
@@ -109,16 +110,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     steps = sorted({row["steps"] for row in rows})
     rows = sorted(rows, key=lambda row: (row["model"], row["data"], -row["keep"], METHODS.index(row["method"])))
     title = "# One-shot pruning of real models on real images\n\n"
-    shots = " and ".join("all" if row is None else f"at most {row}" for row in {row["shots"]: 0 for row in rows})
     how = (
         "Made by `python benchmarks/oneshot.py --data DIR --weights DIR`; one seed, a held-out fifth of the images, "
-        f"{shots} training images a class. Dense: the whole model with a closed-form head. 0 steps: the pruned model "
-        "in closed form (reconstruction, batch norm, ridge head). Seconds are of the whole pruning, on a shared "
-        "machine.\n\n"
+        "at most so many training images of a class as shots says. Dense: the whole model with a closed-form head. "
+        "0 steps: the pruned model in closed form (reconstruction, batch norm, ridge head). Seconds are of the whole "
+        "pruning, on a shared machine.\n\n"
     )
     last = "/".join(map(str, steps))
-    head = f"| model | data | keep | method | dense | 0 steps | {last} steps | parameters | MACs | seconds |\n"
-    return title + how + head + "|---" * 10 + "|\n" + "\n".join(line(row) for row in rows) + "\n"
+    head = f"| model | data | shots | keep | method | dense | 0 steps | {last} steps | parameters | MACs | seconds |\n"
+    return title + how + head + "|---" * 11 + "|\n" + "\n".join(line(row) for row in rows) + "\n"
 
 
 if __name__ == "__main__":
