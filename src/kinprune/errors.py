@@ -35,3 +35,7 @@ class ArtifactError(KinpruneError):
 
 class ExportError(KinpruneError):
     """An exported model is missing a dependency or does not answer as the original does."""
+
+
+class BankError(KinpruneError):
+    """A bank cannot be opened or written, is damaged, or belongs to another model."""

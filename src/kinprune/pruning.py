@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kinprune.backbones import Backbone
-from kinprune.calibration import ClosedForm, ReconstructionLayer, closed_form, describe_layers, solve_head
+from kinprune.calibration import (
+    ClosedForm,
+    Probe,
+    ReconstructionLayer,
+    closed_form,
+    describe_layers,
+    head_inputs,
+    solve_probe,
+)
 from kinprune.calibration.head import HeadMethod
 from kinprune.errors import BackboneError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate
@@ -83,8 +91,9 @@ class Pruned:
     """What pruning gave: the small model, its mask on the whole unit space, and what was measured on the way.
 
     ``ranking`` is ``int64 [u]``, each unit's place in its group, 0 the best; ``scores`` ``float64 [u]`` are each
-    unit's last normalised importance. ``dense`` is the whole model with a closed-form head, ``start`` the small one in
-    closed form before any step, ``final`` after the steps, all on the test images. ``seconds`` is by stage.
+    unit's last normalised importance. ``probe`` is the whole model's closed-form head, and ``dense`` the whole model
+    with it; ``start`` is the small one in closed form before any step, ``final`` after the steps, all on the test
+    images. ``seconds`` is by stage.
     """
 
     model: nn.Module
@@ -93,6 +102,7 @@ class Pruned:
     selection: Selection
     ranking: NDArray[np.int64]
     scores: Scores
+    probe: Probe
     closed_form: ClosedForm
     training: TrainingResult
     whole: Costs
@@ -127,7 +137,7 @@ def prune(
     shrinking = _Shrinking.begin(backbone, task, plan, space, device, on_step)
     with _stage(seconds, "dense"):
         shrinking.tell("whole model")
-        shrinking.solve_dense_head()
+        probe = shrinking.solve_dense_head()
         dense = evaluate(shrinking.model, task.test, task.preprocessing, device=device)
     with _stage(seconds, "prune"):
         for number in range(plan.rounds):
@@ -150,6 +160,7 @@ def prune(
         shrinking.selection,
         ranking,
         shrinking.scores,
+        probe,
         shrinking.repair,
         training,
         space.cost(space.whole_mask()),
@@ -173,6 +184,38 @@ def unit_space(backbone: Backbone, plan: Plan, *, image_size: tuple[int, int] | 
     space = find_units(backbone.model, size, stream=plan.stream, head=backbone.head)
     select(space, np.zeros(len(space)), plan.budget, multiple=plan.multiple)
     return space
+
+
+def repair(
+    small: nn.Module,
+    whole: nn.Module,
+    space: UnitSpace,
+    mask: Mask,
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    head: str,
+    reconstruct: bool = True,
+    method: HeadMethod = "ridge",
+    seed: int = 0,
+) -> ClosedForm:
+    """Bring ``small``, cut from ``whole`` by ``mask``, to its closed-form start on a split; see ``closed_form``.
+
+    The classes are those that ``whole`` answers.
+    """
+    return closed_form(
+        small,
+        head,
+        split.images,
+        split.labels,
+        whole.get_parameter(f"{head}.weight").shape[0],
+        preprocessing,
+        dense=whole,
+        layers=_layers(space, mask, whole) if reconstruct else (),
+        channels=_channels(space, mask),
+        method=method,
+        seed=seed,
+    )
 
 
 @contextmanager
@@ -228,16 +271,9 @@ class _Shrinking:
         if self.on_step is not None:
             self.on_step(stage, step, steps)
 
-    def solve_dense_head(self) -> None:
-        solve_head(
-            self.model,
-            self.head,
-            self.fit.images,
-            self.fit.labels,
-            self.classes,
-            self.preprocessing,
-            method=self.plan.head,
-        )
+    def solve_dense_head(self) -> Probe:
+        features = head_inputs(self.model, self.head, self.fit.images, self.preprocessing)
+        return solve_probe(self.model, self.head, features, self.fit.labels, self.classes, method=self.plan.head)
 
     def cut(self, number: int) -> None:
         """One round: score what is left, remove down to this round's budget, repair, and train if more follow."""
@@ -260,17 +296,15 @@ class _Shrinking:
         self.removed_in[self.mask.kept & ~selection.mask.kept] = number
         self.mask, self.selection = selection.mask, selection
         self.tell("closed form")
-        layers = _layers(current, step, whole) if self.plan.reconstruct else ()
-        self.repair = closed_form(
+        self.repair = repair(
             self.model,
-            self.head,
-            self.fit.images,
-            self.fit.labels,
-            self.classes,
+            whole,
+            current,
+            step,
+            self.fit,
             self.preprocessing,
-            dense=whole,
-            layers=layers,
-            channels=_channels(current, step),
+            head=self.head,
+            reconstruct=self.plan.reconstruct,
             method=self.plan.head,
             seed=self.plan.recipe.seed,
         )

@@ -2,7 +2,8 @@
 
 from kinprune.calibration.batch_norm import batch_norms, frozen_batch_norm, is_folded, reestimate_batch_norm
 from kinprune.calibration.closed_form import ClosedForm, closed_form
-from kinprune.calibration.head import HeadSolution, solve_head
+from kinprune.calibration.head import HeadSolution, fit_head, head_inputs, solve_head
+from kinprune.calibration.probe import Probe, solve_probe
 from kinprune.calibration.reconstruction import LayerReconstruction, reconstruct
 from kinprune.calibration.residual import ReconstructionLayer, describe_layers
 from kinprune.calibration.statistics import match_batch_norm
@@ -11,14 +12,18 @@ __all__ = [
     "ClosedForm",
     "HeadSolution",
     "LayerReconstruction",
+    "Probe",
     "ReconstructionLayer",
     "batch_norms",
     "closed_form",
     "describe_layers",
+    "fit_head",
     "frozen_batch_norm",
+    "head_inputs",
     "is_folded",
     "match_batch_norm",
     "reconstruct",
     "reestimate_batch_norm",
     "solve_head",
+    "solve_probe",
 ]

@@ -63,11 +63,27 @@ def solve_head(
     A head of another width is given ``num_classes`` outputs. Raises TaskError for bad labels, TrainingError for a
     head that is not a Linear over flat, finite features.
     """
-    layer = _linear(model, head, method)
+    _linear(model, head, method)
     _check_labels(images, labels, num_classes)
     if method == "ridge" and (not ridges or min(ridges) <= 0):
         raise TrainingError(f"ridges are {tuple(ridges)}; expected at least one penalty above 0")
     features = head_inputs(model, head, images, preprocessing, batch_size=batch_size)
+    return fit_head(model, head, features, labels, num_classes, method=method, ridges=ridges)
+
+
+@torch.no_grad()
+def fit_head(
+    model: nn.Module,
+    head: str,
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    method: HeadMethod = "ridge",
+    ridges: Sequence[float] = RIDGES,
+) -> HeadSolution:
+    """Do what ``solve_head`` does where the head's inputs are known already: ``features`` float64 ``[n, d]``."""
+    layer = _linear(model, head, method)
     labels = labels.cpu()
     weight, bias, solution = (
         ridge_head(features, labels, num_classes, ridges, intercept=layer.bias is not None)

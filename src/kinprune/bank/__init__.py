@@ -1,0 +1,21 @@
+"""The bank: what pruning one backbone for earlier tasks taught, kept where many can use it."""
+
+from kinprune.bank.migrating import upgrade_bank
+from kinprune.bank.record import Accuracy, Entry, Header, Record, check_backbone, check_space, record_key
+from kinprune.bank.storage import Bank, Lessons, ProbeChunk, create_bank, open_bank
+
+__all__ = [
+    "Accuracy",
+    "Bank",
+    "Entry",
+    "Header",
+    "Lessons",
+    "ProbeChunk",
+    "Record",
+    "check_backbone",
+    "check_space",
+    "create_bank",
+    "open_bank",
+    "record_key",
+    "upgrade_bank",
+]
