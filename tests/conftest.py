@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +65,95 @@ def make_folder() -> Callable[..., Path]:
 def make_pixels() -> Callable[..., NDArray[np.uint8]]:
     """``make_pixels(class_name, number, size)``: one image of such a folder, uint8 [h, w, 3]."""
     return class_image
+
+
+def find_postgresql() -> Path | None:
+    """The folder of PostgreSQL's server programs: on the path, or where Debian puts them; the newest of several."""
+    on_path = shutil.which("initdb")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    programs = Path(on_path).parent if on_path else found[-1].parent if found else None
+    return programs if programs and (programs / "postgres").exists() else None
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    """A throw-away server on a socket of its own: its URL, to which a database's name is added.
+
+    Without PostgreSQL's programs the tests that need it are skipped; where ``CI`` is set they fail.
+    """
+    programs = find_postgresql()
+    if programs is None:
+        reason = "no PostgreSQL server here: apt-get install postgresql"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="kp-pg-", dir="/tmp"))  # a socket's path may have 107 bytes
+    # initdb refuses to run as root.
+    user = None if os.geteuid() else next(name for name in ("postgres", "nobody") if name in known_users())
+    if user is not None:
+        account = pwd.getpwnam(user)
+        os.chown(folder, account.pw_uid, account.pw_gid)
+    run = {"user": user, "group": account.pw_gid, "extra_groups": []} if user else {}
+    log = (folder / "log").open("wb")
+    try:
+        subprocess.run(
+            [programs / "initdb", "-D", folder / "data", "-U", "kinprune", "--auth=trust", "--no-sync", "-E", "UTF8"],
+            check=True,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            **run,  # type: ignore[call-overload]
+        )
+        settings = ("listen_addresses=", "fsync=off", "shared_buffers=16MB", "max_connections=40")
+        server = subprocess.Popen(
+            [programs / "postgres", "-D", folder / "data", "-k", folder, *(f"--{setting}" for setting in settings)],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            **run,
+        )
+        try:
+            wait_for_socket(folder, server)
+            yield f"postgresql+psycopg://kinprune@/{{name}}?host={folder}"
+        finally:
+            server.send_signal(signal.SIGQUIT)  # at once: nothing in it is needed again
+            server.wait(60)
+    finally:
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def known_users() -> set[str]:
+    """The names of this machine's users."""
+    return {account.pw_name for account in pwd.getpwall()}
+
+
+def wait_for_socket(folder: Path, server: subprocess.Popen[bytes]) -> None:
+    """Return once a server answers; fail with what it logged where it ended or takes too long."""
+    import psycopg
+
+    for _ in range(300):
+        try:
+            psycopg.connect(f"host={folder} user=kinprune dbname=postgres").close()
+            return
+        except psycopg.OperationalError:
+            assert server.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+    raise AssertionError((folder / "log").read_text())
+
+
+@pytest.fixture(scope="session")
+def make_database(postgresql_server: str) -> Callable[[], str]:
+    """``make_database()``: the URL of a new, empty PostgreSQL database."""
+    import psycopg
+
+    numbers = count()
+
+    def make() -> str:
+        name = f"bank{next(numbers)}"
+        administration = postgresql_server.format(name="postgres").replace("+psycopg", "")
+        with psycopg.connect(administration, autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[call-overload]
+        return postgresql_server.format(name=name)
+
+    return make

@@ -7,13 +7,17 @@ draws the same tasks and leaves out those that the bank has.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import comb
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.context import BaseContext
+from threading import Thread
 
 import numpy as np
 
@@ -117,9 +121,8 @@ def key_of(task: Task, plan: Plan) -> str:
     return record_key(task.digest, asdict(plan))
 
 
-def record_of(pruned: Pruned, task: Task | DecodedTask, key: str, *, head: str, data: str) -> Record:
+def record_of(pruned: Pruned, task: Task | DecodedTask, key: str, *, data: str) -> Record:
     """The record of a pruned source task."""
-    tensors = {name: tensor for name, tensor in pruned.model.state_dict().items() if not name.startswith(f"{head}.")}
     return Record(
         key=key,
         name=task.name,
@@ -129,7 +132,7 @@ def record_of(pruned: Pruned, task: Task | DecodedTask, key: str, *, head: str, 
         mask=pruned.selection.mask,
         probe=pruned.probe,
         accuracy=Accuracy(pruned.dense.accuracy, pruned.start.accuracy, pruned.final.accuracy),
-        tensors=tensors,
+        tensors=pruned.model.state_dict(),
         details={
             "data": data,
             "task_digest": task.digest,
@@ -173,10 +176,11 @@ def build(
     threads = max(1, _cores() // workers)
     works = [_Work(bank.address, source, plan, device, threads) for source in todo]
     added = 0
-    for number, done in enumerate(_results(bank, works, workers, on_step), start=present + 1):
-        added += done.added
-        if on_task is not None:
-            on_task(done, number, len(sources))
+    with closing(_results(bank, works, workers, on_step)) as results:  # the workers end, whatever on_task raises
+        for number, done in enumerate(results, start=present + 1):
+            added += done.added
+            if on_task is not None:
+                on_task(done, number, len(sources))
     return Build(added, len(sources) - added)
 
 
@@ -184,13 +188,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _results(bank: Bank, works: list[_Work], workers: int, on_step: OnStep | None) -> Iterator[Done]:
+def _results(bank: Bank, works: list[_Work], workers: int, on_step: OnStep | None) -> Generator[Done, None, None]:
     if workers == 1 or len(works) < 2:
         for work in works:
             yield _prune_source(bank, work, on_step)
         return
-    # Spawned: a forked process would share torch's thread pool, which does not survive a fork.
-    pool = ProcessPoolExecutor(min(workers, len(works)), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(min(workers, len(works)), _context(), _begin_worker)
     try:
         futures = [pool.submit(_in_worker, work) for work in works]
         for future in as_completed(futures):
@@ -205,6 +208,34 @@ def _results(bank: Bank, works: list[_Work], workers: int, on_step: OnStep | Non
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
+        for process in processes:
+            process.join(10)
+
+
+def _context() -> BaseContext:
+    """How workers start: never as forks of this process, for torch's thread pool does not survive that.
+
+    Where the system can, they are forks of a process that has loaded the libraries and computed nothing yet: that
+    saves each worker the seconds and the memory of loading them.
+    """
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the builder, and end when the builder does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    builder = parent_process()
+    assert builder is not None
+
+    def follow() -> None:
+        builder.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
 
 
 def _in_worker(work: _Work) -> Done:
@@ -231,5 +262,5 @@ def _prune_source(bank: Bank, work: _Work, on_step: OnStep | None) -> Done:
     pruned = prune(backbone, decoded, work.plan, device=work.device, on_step=on_step)
     if pruned.training.stopped:
         raise KeyboardInterrupt
-    record = record_of(pruned, task, key_of(task, work.plan), head=backbone.head, data=work.source.data)
+    record = record_of(pruned, task, key_of(task, work.plan), data=work.source.data)
     return Done(task.name, record.accuracy, sum(pruned.seconds.values()), bank.add(record))

@@ -50,6 +50,15 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def lay_out(model: nn.Module, *, fast: bool = True) -> None:
+    """Put a model's weights, in place, into the memory format in which it runs fastest, or back into the usual one.
+
+    Channels last takes a third to a half off a pass of a CNN on the CPU; a ViT's one convolution gains nothing.
+    """
+    if sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:
+        model.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards every module is in the mode it was in."""

@@ -148,7 +148,9 @@ def _entries(model: nn.Module, space: UnitSpace) -> list[_Entry]:
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     return [
-        _Entry(tuple(known), tuple(tensors[key].shape), space.tensors.get(known[0], ()))
+        _Entry(
+            tuple(known), tuple(tensors[key].shape), next((space.tensors[n] for n in known if n in space.tensors), ())
+        )
         for key, known in names.items()
         if tensors[key].is_floating_point()
         and not (space.head is not None and any(name.startswith(f"{space.head}.") for name in known))
@@ -203,10 +205,15 @@ def _check_tensors(number: int, donor: Donor, space: UnitSpace, entries: Sequenc
                 f"{' and '.join(entry.names)} are one tensor in the backbone and differ in donor {number}: "
                 "prune the backbone itself, whose tensors stay tied"
             )
-        if not torch.isfinite(tensor).all():
+        if not _finite(tensor):
             raise UnitError(
                 f"{name} of donor {number} holds values that are not finite: its training went wrong, leave it out"
             )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; a finite sum proves it in one pass."""
+    return math.isfinite(float(tensor.detach().sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
 
 
 def _digest(donor: Donor, entries: Sequence[_Entry]) -> bytes:

@@ -30,7 +30,7 @@ from kinprune.calibration import (
 )
 from kinprune.calibration.head import HeadMethod
 from kinprune.errors import BackboneError, BudgetError
-from kinprune.evaluation import Evaluation, evaluate
+from kinprune.evaluation import Evaluation, evaluate, lay_out
 from kinprune.importance import CRITERIA, Batch, Criterion, Normalisation, Scores, normalise, rank, score
 from kinprune.preprocessing import Preprocessing
 from kinprune.preprocessing import normalise as normalise_images
@@ -251,6 +251,7 @@ class _Shrinking:
     ) -> _Shrinking:
         fit, guard = hold_back(task.train, plan.recipe.hold_back, plan.recipe.seed)
         model = copy.deepcopy(backbone.model).to(device)
+        lay_out(model)
         return cls(
             plan,
             backbone.spec.head,
@@ -293,6 +294,7 @@ class _Shrinking:
         current = self.space.shrink(self.mask)
         step = Mask(selection.mask.kept[self.mask.kept], current.fingerprint)
         self.model = extract(whole, current, step)
+        lay_out(self.model)
         self.removed_in[self.mask.kept & ~selection.mask.kept] = number
         self.mask, self.selection = selection.mask, selection
         self.tell("closed form")
@@ -340,6 +342,7 @@ class _Shrinking:
             recipe,
             device=self.device,
             held_back=self.guard,
+            begin=None if self.repair is None else self.repair.trainable,
             on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
         )
         if result.stopped and not interruptible:

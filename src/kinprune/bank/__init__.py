@@ -1,8 +1,10 @@
 """The bank: what pruning one backbone for earlier tasks taught, kept where many can use it."""
 
+from kinprune.bank.merging import merge
 from kinprune.bank.migrating import upgrade_bank
 from kinprune.bank.record import Accuracy, Entry, Header, Record, check_backbone, check_space, record_key
 from kinprune.bank.storage import Bank, Lessons, ProbeChunk, create_bank, open_bank
+from kinprune.bank.verification import Problem, Report, clean, verify
 
 __all__ = [
     "Accuracy",
@@ -11,11 +13,16 @@ __all__ = [
     "Header",
     "Lessons",
     "ProbeChunk",
+    "Problem",
     "Record",
+    "Report",
     "check_backbone",
     "check_space",
+    "clean",
     "create_bank",
+    "merge",
     "open_bank",
     "record_key",
     "upgrade_bank",
+    "verify",
 ]

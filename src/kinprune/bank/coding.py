@@ -44,7 +44,8 @@ def _place_type(groups: tuple[tuple[str, int], ...]) -> str:
 
 def encode_probe(probe: Probe) -> bytes:
     """Weights and means (float16), biases and counts (float32, int32)."""
-    halves = [np.asarray(array, dtype=np.float32).astype("<f2") for array in (probe.weights, probe.means)]
+    with np.errstate(over="ignore"):  # seen right below
+        halves = [np.asarray(array, dtype=np.float32).astype("<f2") for array in (probe.weights, probe.means)]
     if not all(np.isfinite(half).all() for half in halves):
         raise BankError(
             "the record cannot be stored: its probe or class means are over 65,504, more than half precision holds: "

@@ -26,11 +26,10 @@ def upgrade_bank(address: str | Path) -> tuple[str, str]:
     url = schema.parse_address(address)
     if url.database and url.get_backend_name() == "sqlite" and not Path(url.database).is_file():
         raise BankError(f"there is no bank at {url.database}: correct the path")
-    engine = schema.connect(url)
-    with schema.writing(engine) as connection:
+    with schema.connected(url) as engine, schema.writing(engine) as connection:
         if not inspect(connection).has_table("alembic_version"):
             raise BankError(f"{url.render_as_string()} is a database, but no bank: make one with 'kinprune bank build'")
-        before = str(connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar())
+        before = schema.read_version(connection)
         if before > schema.VERSION:
             raise BankError(
                 f"{url.render_as_string()} has the schema {before}, newer than {schema.VERSION} here: upgrade Kinprune"

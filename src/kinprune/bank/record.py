@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Record:
 
     ``key`` names what was asked (see ``record_key``); a bank holds each once. ``ranking`` is int64 ``[u]``, each
     unit's place in its group; ``scores`` float16 ``[u]`` the units' last importance, normalised by group; ``mask`` the
-    units that the pruned model kept, ``tensors`` its weights without the classifier's (parameters and buffers).
+    units that the pruned model kept, ``tensors`` its parameters and buffers, its classifier's among them.
     ``details`` holds JSON's own types: the data, the plan, versions, seconds.
     """
 
@@ -126,8 +127,40 @@ def check_backbone(header: Header, fingerprint: str, spec: BackboneSpec, preproc
 
 def check_record(header: Header, record: Record) -> None:
     """Refuse a record that is not complete, finite and of the bank's unit space, before anything is written."""
+    for problem in (*record_problems(header, record), *tensor_problems(record.tensors)):
+        raise BankError(f"the record cannot be stored: {problem}: make it with this bank's model and options")
+
+
+def record_problems(header: Header, record: Record) -> Iterator[str]:
+    """What is wrong with a record but for its tensors, in words; nothing where nothing is."""
+    if not 0 < len(record.key) <= 64:
+        yield f"its key has {len(record.key)} characters, expected 1 to 64 (see record_key)"
+    if record.mask.fingerprint != header.space:
+        yield "its mask is of another unit space than the bank's"
+    fits = True
+    for problem in _array_problems(header, record):
+        fits = False
+        yield problem
+    if len(record.classes) < 2 or len(set(record.classes)) < len(record.classes):
+        yield "it has fewer than two classes, or one twice"
+    if fits:
+        yield from _group_problems(header, record)
+    for what, share in vars(record.accuracy).items():
+        if not 0 <= share <= 1:
+            yield f"its {what} accuracy is {share}, expected a share from 0 to 1"
+
+
+def tensor_problems(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What is wrong with a record's tensors, whatever its mask."""
+    if not tensors:
+        yield "it has no weights"
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            yield f"its weights {name} are not all finite"
+
+
+def _array_problems(header: Header, record: Record) -> Iterator[str]:
     units, classes, width = header.units, len(record.classes), header.features
-    _require(record.mask.fingerprint == header.space, "its mask is of another unit space than the bank's")
     for name, array, shape in (
         ("ranking", record.ranking, (units,)),
         ("scores", record.scores, (units,)),
@@ -137,23 +170,21 @@ def check_record(header: Header, record: Record) -> None:
         ("class means", record.probe.means, (classes, width)),
         ("class counts", record.probe.counts, (classes,)),
     ):
-        _require(array.shape == shape, f"its {name} are {list(array.shape)}, expected {list(shape)}")
-        _require(bool(np.isfinite(array).all()), f"its {name} are not all finite")
-    _require(classes >= 2 and len(set(record.classes)) == classes, "it has fewer than two classes, or one twice")
+        if array.shape != shape:
+            yield f"its {name} are {list(array.shape)}, expected {list(shape)}"
+        elif not np.isfinite(array).all():
+            yield f"its {name} are not all finite"
+
+
+def _group_problems(header: Header, record: Record) -> Iterator[str]:
     start = 0
     for name, size in header.groups:
         places, kept = record.ranking[start : start + size], record.mask.kept[start : start + size]
-        _require(bool(np.array_equal(np.sort(places), np.arange(size))), f"its ranking of {name} is no order of units")
-        _require(bool(kept.any()), f"its mask keeps no unit of {name}")
+        if not np.array_equal(np.sort(places), np.arange(size)):
+            yield f"its ranking of {name} is no order of units"
+        if not kept.any():
+            yield f"its mask keeps no unit of {name}"
         start += size
-    for what, share in vars(record.accuracy).items():
-        _require(0 <= share <= 1, f"its {what} accuracy is {share}, expected a share from 0 to 1")
-    _require(bool(record.tensors), "it has no weights")
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise BankError(f"the record cannot be stored: {problem}: make it with this bank's model and options")
 
 
 def _side(preprocessing: Preprocessing) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import (
     Column,
@@ -34,6 +36,9 @@ VERSION = "0001"
 
 BUSY_SECONDS = 60
 """How long a writer waits for others before it gives up."""
+
+WRITERS = 7_205_771_348
+"""The advisory lock that writers in PostgreSQL take; any number that other programs are unlikely to use."""
 
 metadata = MetaData()
 
@@ -105,11 +110,17 @@ _EXPECTED = "expected a file such as bank.db, sqlite:///bank.db, or postgresql+p
 
 
 def connect(url: URL) -> Engine:
-    """An engine on a bank's database. Writes in SQLite take the write lock at once, so that two never deadlock."""
+    """An engine on a bank's database. One transaction writes at a time: it takes the write lock at its beginning.
+
+    So that no two can deadlock, and that what a writer has read (a key that is not there, weights that nobody refers
+    to) is still true when it writes.
+    """
     try:
         if url.get_backend_name() == "postgresql":
-            return create_engine(url, pool_pre_ping=True)
-        engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+            engine = create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED")
+            event.listen(engine, "begin", _begin_postgresql)
+            return engine
+        engine = create_engine(_unless_read_only(url), connect_args={"timeout": BUSY_SECONDS})
     except (ImportError, NoSuchModuleError) as error:
         raise BankError(
             f"a bank at {url.render_as_string()} needs a package that is not installed ({error}): "
@@ -118,6 +129,26 @@ def connect(url: URL) -> Engine:
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+@contextmanager
+def connected(url: URL) -> Iterator[Engine]:
+    """An engine for a while: its connections are closed at the end."""
+    engine = connect(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _unless_read_only(url: URL) -> URL:
+    """A bank in a folder that cannot be written (a read-only disk) is read as it is: SQLite could not lock it there."""
+    path = Path(url.database or "")
+    writable = os.access(path.resolve().parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    if writable or not path.is_file() or Path(f"{path}-wal").exists():
+        return url
+    address = f"file:{quote(str(path.resolve()))}"
+    return url.set(database=address).update_query_dict({"mode": "ro", "immutable": "1", "uri": "true"})
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
@@ -129,6 +160,12 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if connection.get_execution_options().get("writes", False):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS})")
 
 
 @contextmanager
@@ -154,3 +191,14 @@ def _told(engine: Engine) -> Iterator[None]:
             f"the bank's database {engine.url.render_as_string()} fails: {str(error.orig).strip()}: check that it is "
             "reachable, complete and writable, and try again"
         ) from error
+
+
+def read_version(connection: Connection) -> str:
+    """The schema that a database says it has; BankError where it says nothing."""
+    version = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    if version is None:
+        raise BankError(
+            f"{connection.engine.url.render_as_string()} does not say which schema it has: it was altered; restore "
+            "the bank from a copy"
+        )
+    return str(version)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Engine, Row, delete, func, insert, inspect, select
+from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, inspect, select
 from sqlalchemy.engine import URL
 from torch import Tensor
 
@@ -21,15 +20,21 @@ from kinprune.backbones import Backbone, BackboneSpec
 from kinprune.backbones.checkpoint import Hints
 from kinprune.backbones.inputs import resolve_preprocessing
 from kinprune.bank import schema
-from kinprune.bank.coding import decode_probe, decode_units, encode_probe, encode_units, seal
-from kinprune.bank.record import Accuracy, Entry, Header, Record, check_record
-from kinprune.bank.weights import WeightStore, pack, unpack
+from kinprune.bank.coding import seal
+from kinprune.bank.record import Entry, Header, Record, check_record
+from kinprune.bank.rows import Rows, altered, entry_of, insert_rows, now, probe_of, rows_of, units_of
+from kinprune.bank.weights import WeightStore, is_digest, pack, unpack
 from kinprune.calibration import Probe
 from kinprune.errors import BankError
 from kinprune.units import Mask, UnitSpace
 
 CHUNK = 8192
 """Records read at a time."""
+
+PART = 500
+"""Values named in one statement."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,34 +69,22 @@ class Bank:
         with schema.reading(self.engine) as connection:
             return int(connection.execute(select(func.count()).select_from(schema.record)).scalar_one())
 
+    def close(self) -> None:
+        """Let go of the database. A SQLite file that nobody has open is all in one file, and can be moved."""
+        self.engine.dispose()
+
     def add(self, record: Record) -> bool:
         """Write a record and its weights, all or nothing; False where the bank has its key already.
 
+        Weights are halved where half precision holds them, the probe's weights and means always (see ``Record``).
+
         Raises:
-            BankError: the record does not fit this bank, or cannot be written. Nothing is changed then.
+            BankError: the record does not fit this bank, or cannot be written. It is not in the bank then; a file of
+                weights may stay that nothing refers to (see ``clean``).
         """
         check_record(self.header, record)
         content = pack(record.tensors)
-        entry = _entry_values(record, self.store.put(content), len(content))
-        probe, units = encode_probe(record.probe), encode_units(record, self.header.groups)
-        with schema.writing(self.engine) as connection:
-            found = connection.execute(select(schema.record.c.id).where(schema.record.c.key == record.key)).first()
-            if found is not None:
-                return False
-            number = connection.execute(insert(schema.record).values(entry).returning(schema.record.c.id)).scalar_one()
-            connection.execute(
-                insert(schema.probe).values(
-                    record=number,
-                    key=record.key,
-                    classes=len(record.classes),
-                    content=probe,
-                    seal=seal(record.key, "probe", probe),
-                )
-            )
-            connection.execute(
-                insert(schema.units).values(record=number, content=units, seal=seal(record.key, "units", units))
-            )
-        return True
+        return write_rows(self, rows_of(record, self.header, content), content)
 
     def keys(self) -> set[str]:
         """The keys of all records."""
@@ -103,12 +96,12 @@ class Bank:
         query = select(schema.record).order_by(schema.record.c.id)
         with schema.reading(self.engine) as connection:
             if ids is None:
-                return [_entry(row) for row in connection.execute(query)]
+                return [entry_of(row) for row in connection.execute(query)]
             found = {
-                row.id: row for row in connection.execute(query.where(schema.record.c.id.in_(list(map(int, ids)))))
+                row.id: row for part in parts(ids) for row in connection.execute(query.where(_is_in("record", part)))
             }
         _check_found(ids, found)
-        return [_entry(found[int(number)]) for number in ids]
+        return [entry_of(found[int(number)]) for number in ids]
 
     def probes(self, chunk: int = CHUNK) -> Iterator[ProbeChunk]:
         """The probes of all records, some at a time, by id."""
@@ -124,29 +117,24 @@ class Bank:
             yield ProbeChunk(
                 np.array([row.record for row in rows], dtype=np.int64),
                 tuple(row.key for row in rows),
-                tuple(self._probe(row) for row in rows),
+                tuple(probe_of(row, self.header.features) for row in rows),
             )
             last = rows[-1].record
 
-    def _probe(self, row: Row[Any]) -> Probe:
-        if seal(row.key, "probe", row.content) != row.seal:
-            raise BankError(_altered(row.record, "probe"))
-        return decode_probe(row.content, row.classes, self.header.features)
-
     def lessons(self, ids: Sequence[int]) -> Lessons:
         """Rankings, scores and kept units of records, in the order of ``ids``."""
-        query = (
-            select(schema.units, schema.record.c.key).join(schema.record).where(schema.units.c.record.in_(list(ids)))
-        )
+        query = select(schema.units, schema.record.c.key).join(schema.record)
         with schema.reading(self.engine) as connection:
-            found = {row.record: row for row in connection.execute(query)}
+            found = {
+                row.record: row for part in parts(ids) for row in connection.execute(query.where(_is_in("units", part)))
+            }
         _check_found(ids, found)
-        for row in found.values():
-            if seal(row.key, "units", row.content) != row.seal:
-                raise BankError(_altered(row.record, "ranking and scores"))
-        parts = [decode_units(found[number].content, self.header.groups) for number in ids]
-        rankings, scores, kept = zip(*parts, strict=True)
-        return Lessons(np.stack(rankings), np.stack(scores), np.stack(kept))
+        shape = (len(ids), self.header.units)
+        lessons = Lessons(np.empty(shape, np.int64), np.empty(shape, np.float16), np.empty(shape, np.bool_))
+        for place, number in enumerate(ids):
+            row = found[int(number)]
+            lessons.rankings[place], lessons.scores[place], lessons.kept[place] = units_of(row, row.key, self.header)
+        return lessons
 
     def tensors(self, entry: Entry) -> dict[str, Tensor]:
         """The pruned weights of a record, as they were stored (half precision where it holds them)."""
@@ -156,9 +144,9 @@ class Bank:
         """A whole record."""
         with schema.reading(self.engine) as connection:
             row = connection.execute(select(schema.probe).where(schema.probe.c.record == entry.id)).first()
-        if row is None:
-            raise BankError(_altered(entry.id, "probe"))
         lessons = self.lessons([entry.id])
+        if row is None or row.key != entry.key:
+            raise BankError(altered(entry.id, "probe"))
         return Record(
             key=entry.key,
             name=entry.name,
@@ -166,25 +154,73 @@ class Bank:
             ranking=lessons.rankings[0],
             scores=lessons.scores[0],
             mask=Mask(lessons.kept[0], self.header.space),
-            probe=self._probe(row),
+            probe=probe_of(row, self.header.features),
             accuracy=entry.accuracy,
             tensors=self.tensors(entry),
             details=entry.details,
         )
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Remove records, and the weights that no other record refers to. BankError where one is not there."""
-        entries = self.entries(ids)
+        """Remove records, damaged ones too, and the weights that no other record refers to.
+
+        Raises:
+            BankError: one is not there; nothing is removed then.
+        """
+        weights: set[str] = set()
         with schema.writing(self.engine) as connection:
-            connection.execute(delete(schema.record).where(schema.record.c.id.in_([entry.id for entry in entries])))
-            unused = {entry.weights for entry in entries} - _referenced(connection)
-        for digest in sorted(unused - {self.header.backbone_weights}):
-            self.store.remove(digest)
+            found: set[int] = set()
+            for part in parts(ids):
+                rows = connection.execute(
+                    select(schema.record.c.id, schema.record.c.weights).where(_is_in("record", part))
+                ).all()
+                weights.update(str(row.weights) for row in rows)
+                found.update(row.id for row in rows)
+                for table in (schema.probe, schema.units):  # what is left of a damaged record goes too
+                    gone = delete(table).where(_is_in(table.name, part)).returning(table.c.record)
+                    found.update(connection.execute(gone).scalars())
+                connection.execute(delete(schema.record).where(_is_in("record", part)))
+            _check_found(ids, found)
+        drop_unreferenced(self, weights)
 
     def referenced(self) -> set[str]:
         """The hashes of all weights that the bank refers to, the backbone's among them."""
         with schema.reading(self.engine) as connection:
-            return _referenced(connection) | {self.header.backbone_weights}
+            weights = connection.execute(select(schema.record.c.weights)).scalars()
+            return {*weights, self.header.backbone_weights}
+
+
+def write_rows(bank: Bank, rows: Rows, content: bytes) -> bool:
+    """Write a record's rows and the file of its weights; False where the bank has its key already."""
+    query = select(schema.record.c.id).where(schema.record.c.key == rows.record["key"])
+    with schema.reading(bank.engine) as connection:
+        if connection.execute(query).first() is not None:
+            return False
+    digest = bank.store.put(content)
+    with schema.writing(bank.engine) as connection:
+        added = insert_rows(connection, rows)
+        if added:
+            bank.store.put(content)  # writes only where another has removed the file as unused since then
+    if not added:
+        drop_unreferenced(bank, [digest])
+    return added
+
+
+def drop_unreferenced(bank: Bank, digests: Iterable[str]) -> list[str]:
+    """Remove those of some files of weights that no record refers to, and return them.
+
+    Beside writers this is safe: files go while the write lock is held, and a writer makes sure of its record's file
+    while it holds the lock itself.
+    """
+    dropped: list[str] = []
+    for part in parts(sorted(set(digests) - {bank.header.backbone_weights}), 50):  # others wait meanwhile
+        query = select(schema.record.c.weights).where(schema.record.c.weights.in_(part))
+        with schema.writing(bank.engine) as connection:
+            used = set(connection.execute(query).scalars())
+            for digest in part:
+                if digest not in used and is_digest(digest):
+                    bank.store.remove(digest)
+                    dropped.append(digest)
+    return dropped
 
 
 def create_bank(
@@ -201,26 +237,29 @@ def create_bank(
     url = schema.parse_address(address)
     place = _store_of(url, store)
     if url.database and url.get_backend_name() == "sqlite":
-        _check_new_file(Path(url.database))
-    engine = schema.connect(url)
-    with schema.reading(engine) as connection:
-        if inspect(connection).has_table("bank"):
-            raise BankError(f"{url.render_as_string()} already holds a bank: open it, or choose another address")
-    head = backbone.model.get_parameter(f"{backbone.head}.weight")
-    weights = WeightStore(_resolved(url, place)).put(
-        pack(_stored_backbone(backbone), {"architecture": backbone.spec.architecture}, lossless=True)
-    )
-    header = Header(
-        spec=backbone.spec,
-        preprocessing=backbone.preprocessing,
-        backbone=backbone.fingerprint,
-        space=space.fingerprint,
-        stream=stream,
-        groups=tuple((group.name, group.size) for group in space.groups),
-        features=int(head.shape[1]),
-        backbone_weights=weights,
-    )
-    _create_tables(engine, header, place)
+        _check_folder(Path(url.database))
+    with schema.connected(url) as engine:
+        with schema.reading(engine) as connection:
+            _check_no_bank(connection)
+        weights = WeightStore(_resolved(url, place))
+        if store is not None and next(weights.digests(), None) is not None:
+            raise BankError(
+                f"{place} holds weights already: give the bank a folder of its own, for what its records do not refer "
+                "to is removed there"
+            )
+        stored = pack(_stored_backbone(backbone), {"architecture": backbone.spec.architecture}, lossless=True)
+        head = backbone.model.get_parameter(f"{backbone.head}.weight")
+        header = Header(
+            spec=backbone.spec,
+            preprocessing=backbone.preprocessing,
+            backbone=backbone.fingerprint,
+            space=space.fingerprint,
+            stream=stream,
+            groups=tuple((group.name, group.size) for group in space.groups),
+            features=int(head.shape[1]),
+            backbone_weights=weights.put(stored),
+        )
+        _create_tables(engine, header, place)
     return open_bank(address)
 
 
@@ -230,35 +269,48 @@ def open_bank(address: str | Path) -> Bank:
     name = url.render_as_string()
     if url.database and url.get_backend_name() == "sqlite" and not Path(url.database).is_file():
         raise BankError(f"there is no bank at {url.database}: make one with 'kinprune bank build', or correct the path")
-    engine = schema.connect(url)
-    with schema.reading(engine) as connection:
+    with schema.connected(url) as engine, schema.reading(engine) as connection:
         if not inspect(connection).has_table("alembic_version") or not inspect(connection).has_table("bank"):
             raise BankError(f"{name} is a database, but no bank: make one with 'kinprune bank build'")
-        version = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        version = schema.read_version(connection)
         if version != schema.VERSION:
-            older = version is not None and str(version) < schema.VERSION
+            older = version < schema.VERSION
             raise BankError(
                 f"{name} has the schema {version}, expected {schema.VERSION}: "
                 + ("run 'kinprune bank upgrade' on it" if older else "it was made by a newer Kinprune, upgrade that")
             )
-        row = connection.execute(select(schema.bank)).one_or_none()
+        row = connection.execute(select(schema.bank).where(schema.bank.c.id == 1)).one_or_none()
     if row is None or seal("bank", "header", row.header, row.store) != row.seal:
         raise BankError(f"the header of {name} was altered or is gone: restore the bank from a copy")
-    return Bank(str(address), _header(row.header), WeightStore(_resolved(url, row.store)), engine)
+    return Bank(str(address), _header(row.header), WeightStore(_resolved(url, row.store)), schema.connect(url))
+
+
+def _check_no_bank(connection: Connection) -> None:
+    """Refuse a database with a bank, with tables of a bank's names, or a file with any table at all."""
+    name, tables = connection.engine.url.render_as_string(), set(inspect(connection).get_table_names())
+    if {"bank", "alembic_version"} <= tables:
+        raise BankError(f"{name} already holds a bank: open it, or choose another address")
+    taken = tables if connection.dialect.name == "sqlite" else tables & {*schema.metadata.tables, "alembic_version"}
+    if taken:
+        raise BankError(f"{name} has a table '{min(taken)}' of something else: choose another address for the bank")
 
 
 def _create_tables(engine: Engine, header: Header, place: str) -> None:
     from kinprune.bank.migrating import upgrade
 
     if engine.url.get_backend_name() == "sqlite" and engine.url.database:
-        with closing(sqlite3.connect(engine.url.database)) as file:  # the file remembers it; readers then never wait
-            file.execute("PRAGMA journal_mode=WAL")
+        try:
+            with closing(sqlite3.connect(engine.url.database, schema.BUSY_SECONDS)) as file:
+                file.execute("PRAGMA journal_mode=WAL")  # the file remembers it; readers then never wait
+        except sqlite3.Error as error:
+            raise BankError(f"{engine.url.database} cannot be made ({error}): check access and free space") from error
     text = _header_text(header)
     with schema.writing(engine) as connection:
+        _check_no_bank(connection)
         upgrade(connection)
         connection.execute(
             insert(schema.bank).values(
-                id=1, header=text, store=place, created=_now(), seal=seal("bank", "header", text, place)
+                id=1, header=text, store=place, created=now(), seal=seal("bank", "header", text, place)
             )
         )
 
@@ -301,9 +353,7 @@ def _resolved(url: URL, place: str) -> str:
     return str(Path(url.database or ".").resolve().parent / place[2:]) if place.startswith("./") else place
 
 
-def _check_new_file(path: Path) -> None:
-    if path.exists() and path.stat().st_size > 0:
-        raise BankError(f"{path} already exists: open it, or choose another path for the new bank")
+def _check_folder(path: Path) -> None:
     if not path.resolve().parent.is_dir():
         raise BankError(f"{path} cannot be made: there is no folder {path.resolve().parent}")
 
@@ -313,62 +363,18 @@ def _stored_backbone(backbone: Backbone) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{backbone.head}.")}
 
 
-def _entry_values(record: Record, weights: str, size: int) -> dict[str, Any]:
-    details = json.dumps(dict(record.details), sort_keys=True, allow_nan=False)
-    values = {
-        "key": record.key,
-        "name": record.name,
-        "classes": json.dumps(record.classes),
-        "dense": record.accuracy.dense,
-        "start": record.accuracy.start,
-        "final": record.accuracy.final,
-        "created": _now(),
-        "weights": weights,
-        "weight_bytes": size,
-        "details": details,
-    }
-    return {**values, "seal": _entry_seal(values)}
+def parts(items: Sequence[T], most: int | None = None) -> Iterator[list[T]]:
+    """The items, at most so many at a time, else as many as one statement can name."""
+    step = most or PART
+    return (list(items[start : start + step]) for start in range(0, len(items), step))
 
 
-def _entry_seal(values: Mapping[str, Any]) -> str:
-    return seal(values["key"], "record", *(str(values[name]) for name in _SEALED))
+def _is_in(table: str, ids: Sequence[int]) -> ColumnElement[bool]:
+    column = schema.record.c.id if table == "record" else schema.metadata.tables[table].c.record
+    return column.in_([int(number) for number in ids])
 
 
-_SEALED = ("name", "classes", "dense", "start", "final", "created", "weights", "weight_bytes", "details")
-
-
-def _entry(row: Row[Any]) -> Entry:
-    if _entry_seal(dict(row._mapping)) != row.seal:
-        raise BankError(_altered(row.id, "description"))
-    return Entry(
-        id=row.id,
-        key=row.key,
-        name=row.name,
-        classes=tuple(json.loads(row.classes)),
-        accuracy=Accuracy(row.dense, row.start, row.final),
-        created=row.created,
-        weights=row.weights,
-        weight_bytes=row.weight_bytes,
-        details=json.loads(row.details),
-    )
-
-
-def _altered(number: int, what: str) -> str:
-    return (
-        f"record {number}: its {what} was altered after it was written: restore the bank from a copy, or remove the "
-        f"record (kinprune bank rm BANK {number})"
-    )
-
-
-def _check_found(ids: Sequence[int], found: Mapping[int, Any]) -> None:
+def _check_found(ids: Sequence[int], found: Container[int]) -> None:
     missing = [int(number) for number in ids if int(number) not in found]
     if missing:
         raise BankError(f"the bank has no record {missing[0]}: 'kinprune bank ls' lists them")
-
-
-def _referenced(connection: Connection) -> set[str]:
-    return set(connection.execute(select(schema.record.c.weights)).scalars())
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,14 @@ from torch import Tensor
 from kinprune.errors import BankError
 
 _GONE = "restore it from a copy of the bank, or remove the record (kinprune bank rm)"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a store: ``path`` as its file system names it; ``digest`` None for what a broken-off write left."""
+
+    path: str
+    digest: str | None
 
 
 @dataclass(frozen=True)
@@ -39,13 +49,16 @@ class WeightStore:
         return system, root
 
     def _path(self, digest: str) -> str:
+        if not is_digest(digest):  # it may come from a row that somebody changed
+            raise BankError(f"{digest[:80]!r} is no hash of stored weights: {_GONE}")
         return f"{self._place[1]}/{digest[:2]}/{digest}.safetensors"
 
     def put(self, content: bytes) -> str:
         """Store a file's bytes whole or not at all, once however often they come, and return their hash."""
-        digest = hashlib.sha256(content).hexdigest()
+        digest = digest_of(content)
         system, path = self._place[0], self._path(digest)
         try:
+            system.invalidate_cache()  # others write here too: a listing that was read earlier may be old
             if system.exists(path) and system.size(path) == len(content):
                 return digest
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -58,31 +71,76 @@ class WeightStore:
             ) from error
         return digest
 
+    def has(self, digest: str) -> bool:
+        """Whether a file is there now."""
+        if not is_digest(digest):
+            return False
+        system = self._place[0]
+        system.invalidate_cache()
+        return bool(system.exists(self._path(digest)))
+
     def get(self, digest: str) -> bytes:
         """The bytes of a hash; BankError where they are not there or are not those that were stored."""
         try:
             content: bytes = self._place[0].cat_file(self._path(digest))
         except OSError as error:
             raise BankError(f"the weights {digest[:12]} are not in {self.url} ({error}): {_GONE}") from error
-        if hashlib.sha256(content).hexdigest() != digest:
+        if digest_of(content) != digest:
             raise BankError(f"the weights {digest[:12]} in {self.url} are not those that were stored: {_GONE}")
         return content
 
     def remove(self, digest: str) -> None:
         """Remove a file, if it is there."""
-        system, path = self._place[0], self._path(digest)
-        if system.exists(path):
+        self.discard(self._path(digest))
+
+    def discard(self, path: str) -> None:
+        """Remove the file at one of the paths that ``files`` gives, if it is there."""
+        system = self._place[0]
+        try:
             system.rm_file(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise BankError(f"{path} cannot be removed from {self.url} ({error}): check access") from error
+        system.invalidate_cache()
+
+    def files(self) -> Iterator[StoredFile]:
+        """All weights, and what writes that broke off left behind; other files are not the store's."""
+        system, root = self._place
+        try:
+            system.invalidate_cache()
+            paths = sorted(system.find(root)) if system.exists(root) else []
+        except OSError as error:
+            raise BankError(f"the weights in {self.url} cannot be listed ({error}): check access") from error
+        for path in paths:
+            if match := _FILE.search(path):
+                yield StoredFile(path, None if match[2] else match[1])
 
     def digests(self) -> Iterator[str]:
         """The hashes of all complete files."""
-        system, root = self._place
-        if not system.exists(root):
-            return
-        for path in sorted(system.find(root)):
-            name = path.rpartition("/")[2]
-            if name.endswith(".safetensors"):
-                yield name.removesuffix(".safetensors")
+        return (file.digest for file in self.files() if file.digest is not None)
+
+    def age(self, file: StoredFile) -> float | None:
+        """Seconds since a file was written; None where the file system does not know, or the file is gone."""
+        try:
+            modified = self._place[0].modified(file.path)
+        except (NotImplementedError, OSError):
+            return None
+        known = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
+        return float((datetime.now(timezone.utc) - known).total_seconds())
+
+
+_FILE = re.compile(r"/([0-9a-f]{64})\.safetensors(\.[0-9a-f]+\.tmp)?$")
+
+
+def is_digest(text: str) -> bool:
+    """Whether a text is a hash as this store names files by."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def digest_of(content: bytes) -> str:
+    """The hash under which bytes are stored."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, lossless: bool = False) -> bytes:

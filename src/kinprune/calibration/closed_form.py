@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -27,7 +27,9 @@ class ClosedForm:
 
     ``head`` holds the leave-one-out accuracy and loss of the model as it was left. ``reconstructed`` says whether the
     reconstruction was kept, and ``layers`` what it did to each layer, kept or not; ``batch_norms`` is the number of
-    batch norms matched or counted again in the model as it was left.
+    batch norms matched or counted again in the model as it was left. Where that is none of those that the model has,
+    ``trainable`` is the best start with its batch norm repaired, a state of the model: it answers worse now, but its
+    channels neither vanish nor saturate, so that training gets further from there.
     """
 
     head: HeadSolution
@@ -37,6 +39,7 @@ class ClosedForm:
     seconds_reconstruction: float
     seconds_batch_norm: float
     seconds_head: float
+    trainable: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,12 +105,20 @@ def closed_form(
         with _timed(seconds, "reconstruction"):
             solved = reconstruct(model, dense, layers, images, preprocessing, seed=seed)
         try_starts(reconstructed=True)
-    best = min(starts, key=_worth)
-    _restore(model, best.state)
-    solution = best.head
-    if len(judges) < len(labels):
+
+    def settle(start: _Start) -> HeadSolution:
+        _restore(model, start.state)
+        if len(judges) == len(labels):
+            return start.head
         with _timed(seconds, "head"):
-            solution = solve_head(model, head, images, labels, num_classes, preprocessing, method=method)
+            return solve_head(model, head, images, labels, num_classes, preprocessing, method=method)
+
+    best = min(starts, key=_worth)
+    trainable = None
+    if not best.norms and any(start.norms for start in starts):
+        settle(min((start for start in starts if start.norms), key=_worth))
+        trainable = _state(model)
+    solution = settle(best)
     return ClosedForm(
         solution,
         best.norms,
@@ -116,6 +127,7 @@ def closed_form(
         seconds["reconstruction"],
         seconds["batch_norm"],
         seconds["head"],
+        trainable,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kinprune.cli.bank import bank_app
 from kinprune.cli.help import Sectioned
 from kinprune.cli.prune import prune_command
 from kinprune.cli.units import units_command
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bank_app)
 app.command("units", cls=Sectioned)(units_command)
 app.command("prune", cls=Sectioned)(prune_command)
 app.command("eval", cls=Sectioned)(eval_command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from kinprune.calibration import frozen_batch_norm, is_folded
 from kinprune.errors import TaskError, TrainingError
-from kinprune.evaluation import device_of, evaluate, logits
+from kinprune.evaluation import device_of, evaluate, lay_out, logits
 from kinprune.preprocessing import Preprocessing, normalise
 from kinprune.tasks import Split
 from kinprune.training.batches import batches, hold_back, shift_and_flip
 from kinprune.training.recipe import (
     LEARNING_RATES,
     Recipe,
+    freezes_batch_norm,
     make_optimiser,
     optimiser_name,
     resolve_precision,
@@ -72,6 +73,7 @@ def fine_tune(
     on_step: OnStep | None = None,
     teacher: nn.Module | None = None,
     held_back: Split | None = None,
+    begin: Mapping[str, Tensor] | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place on ``device``, where it stays, and leave it in the best state seen, in evaluation mode.
 
@@ -81,7 +83,8 @@ def fine_tune(
     ``hold_back`` takes it from ``split``, else, where a class has one image or nothing is to be held back, the
     training images' loss alone decides. ``on_step(step, steps, loss)`` is called after every step, steps counted
     from 1. ``teacher``, of the same classes, adds distillation: the Kullback-Leibler divergence of softened answers
-    times the squared temperature (Hinton et al. 2015).
+    times the squared temperature (Hinton et al. 2015). ``begin`` is another state of the model to train from, such as
+    ``ClosedForm.trainable``; the model's own stays the start that is never undercut.
 
     A KeyboardInterrupt ends training, not the program: the result says ``stopped``. A non-finite loss raises
     TrainingError. Whatever happens, an error of ``on_step`` too, the model is left in its best state. The same seed
@@ -102,6 +105,7 @@ def fine_tune(
         learning_rate=recipe.learning_rate or LEARNING_RATES[optimiser],
         precision=resolve_precision(recipe, torch.device(device)),
         teacher=teacher,
+        begin=begin,
     )
     started = perf_counter()
     stopped = False
@@ -112,6 +116,7 @@ def fine_tune(
         stopped = True
     finally:
         run.restore()
+        lay_out(model, fast=False)
         model.eval()
     return run.result(stopped, perf_counter() - started)
 
@@ -130,6 +135,7 @@ class _Run:
     learning_rate: float
     precision: str
     teacher: nn.Module | None
+    begin: Mapping[str, Tensor] | None
     losses: list[float] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
     best_step: int = 0
@@ -147,6 +153,14 @@ class _Run:
             return
         self.keep(0)
         self.start_score = self.best_score = self.judge(0)
+        if self.begin is not None:
+            _copy(self.model, self.begin)
+        every = freezes_batch_norm(recipe, self.batch_size)
+        with frozen_batch_norm(self.model, lambda norm: every or is_folded(norm)):
+            self.train_steps(on_step)
+
+    def train_steps(self, on_step: OnStep | None) -> None:
+        recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed)
         order = batches(len(self.train.labels), self.batch_size, generator)
         optimiser = make_optimiser(self.model, recipe, self.optimiser, self.learning_rate)
@@ -209,11 +223,8 @@ class _Run:
         self.best_step = step
         self.best_state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
-    @torch.no_grad()
     def restore(self) -> None:
-        for name, tensor in self.model.state_dict().items():
-            if name in self.best_state:
-                tensor.copy_(self.best_state[name])
+        _copy(self.model, self.best_state)
 
     def result(self, stopped: bool, seconds: float) -> TrainingResult:
         return TrainingResult(
@@ -230,9 +241,16 @@ class _Run:
         )
 
 
+@torch.no_grad()
+def _copy(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        if name in state:
+            tensor.copy_(state[name])
+
+
 @contextmanager
 def _surroundings(run: _Run, device: torch.device) -> Iterator[None]:
-    """The model on its device in the layout that is fastest there, frozen norms, and a random state of its own."""
+    """The model on its device in the layout that is fastest there, and a random state of its own."""
     with ExitStack() as stack:
         cuda = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
@@ -243,12 +261,7 @@ def _surroundings(run: _Run, device: torch.device) -> Iterator[None]:
         run.model.to(device)
         if run.teacher is not None:
             run.teacher.to(device).eval()
-        # Measured on the CPU: a third to a half off a step of a CNN; a ViT's one convolution gains nothing.
-        if sum(isinstance(module, nn.Conv2d) for module in run.model.modules()) > 1:
-            run.model.to(memory_format=torch.channels_last)
-            stack.callback(run.model.to, memory_format=torch.contiguous_format)
-        every = run.recipe.batch_norm == "frozen" or run.batch_size < 2
-        stack.enter_context(frozen_batch_norm(run.model, lambda norm: every or is_folded(norm)))
+        lay_out(run.model)
         yield
 
 

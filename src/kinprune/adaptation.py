@@ -1,0 +1,353 @@
+"""Adapting: from a new task and a bank to pruned, fine-tuned models. The one place that knows the whole way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from kinprune.backbones import Backbone
+from kinprune.bank import Bank, check_space, open_bank
+from kinprune.bank.backbone import bank_space, load_bank_backbone
+from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
+from kinprune.calibration.head import HeadMethod
+from kinprune.errors import BankError, BudgetError
+from kinprune.evaluation import Evaluation, evaluate, lay_out
+from kinprune.importance import CRITERIA, Batch, Criterion, Normalisation, Scores, normalise, score
+from kinprune.inheritance import Donor, inherit
+from kinprune.kin import Neighbour, Search, find_kin, rank_exactly
+from kinprune.preprocessing import normalise as normalise_images
+from kinprune.pruning import OnStep, repair
+from kinprune.selection import Allocation, Budget, Selection, select, select_family
+from kinprune.tasks import DecodedTask, Split
+from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
+from kinprune.transferability import Target
+from kinprune.units import Costs, Mask, UnitSpace, extract
+from kinprune.voting import TEMPERATURE, Ballot, Weighting, ballot_mvp, ballot_smsp, neighbour_weights
+
+Method = Literal["mvp", "smsp"]
+Inheritance = Literal["average", "nearest", "backbone"]
+
+
+@dataclass(frozen=True)
+class AdaptPlan:
+    """How to adapt.
+
+    ``method`` *mvp* lets the neighbours vote on the units for each budget, *smsp* makes one score mask for all of
+    them. ``search`` says who the neighbours are, ``weighting`` and ``temperature`` how much each counts (see
+    ``neighbour_weights``). ``inheritance`` is where the kept units' weights come from: the *average* of the neighbours
+    that kept them, the *nearest* neighbour alone, or the *backbone*. ``blend`` above 0 mixes the target's own
+    ``criterion`` into the vote. ``recipe`` is the fine-tuning, and its seed the seed of everything.
+    """
+
+    method: Method = "smsp"
+    search: Search = field(default_factory=Search)
+    weighting: Weighting = "softmax"
+    temperature: float = TEMPERATURE
+    inheritance: Inheritance = "average"
+    blend: float = 0.0
+    criterion: Criterion = "taylor"
+    allocation: Allocation = "layer"
+    normalisation: Normalisation = "mean"
+    multiple: int = 1
+    reconstruct: bool = True
+    head: HeadMethod = "ridge"
+    score_images: int = 256
+    score_batch: int = 64
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        for name, word, known in (
+            ("method", self.method, get_args(Method)),
+            ("inheritance", self.inheritance, get_args(Inheritance)),
+            ("weighting", self.weighting, get_args(Weighting)),
+            ("criterion", self.criterion, CRITERIA),
+            ("allocation", self.allocation, get_args(Allocation)),
+            ("head", self.head, get_args(HeadMethod)),
+        ):
+            if word not in known:
+                raise BudgetError(f"there is no {name} '{word}', expected one of: {', '.join(known)}")
+        if not 0 <= self.blend <= 1:
+            raise BudgetError(f"the blend is {self.blend}, expected the share of the target's own scores, from 0 to 1")
+        if self.multiple < 1:
+            raise BudgetError(f"multiple is {self.multiple}, expected a whole number of at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Sized:
+    """The model for one budget: ``start`` in closed form before any step, ``final`` after them, on the test images."""
+
+    budget: Budget
+    model: nn.Module
+    selection: Selection
+    ballot: Ballot
+    closed_form: ClosedForm
+    training: TrainingResult
+    start: Evaluation
+    final: Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """What adapting gave: a model for each budget, and who they were learnt from.
+
+    ``weights`` says how much each of the ``neighbours`` counted. ``dense`` is the whole model with a closed-form head.
+    ``seconds`` is by stage.
+    """
+
+    sizes: tuple[Sized, ...]
+    plan: AdaptPlan
+    backbone: Backbone
+    space: UnitSpace
+    whole: Costs
+    neighbours: tuple[Neighbour, ...]
+    weights: tuple[float, ...]
+    probe: Probe
+    dense: Evaluation
+    seconds: dict[str, float]
+
+
+def adapt(
+    task: DecodedTask,
+    bank: Bank | str | Path,
+    budgets: Budget | Sequence[Budget],
+    plan: AdaptPlan | None = None,
+    *,
+    backbone: Backbone | None = None,
+    without: Sequence[str] = (),
+    device: str = "cpu",
+    on_step: OnStep | None = None,
+) -> Adapted:
+    """Make the bank's backbone small for a new task, in one shot, from what its nearest kin learnt.
+
+    Several ``budgets`` share features, neighbours and, with SMSP, one score mask; their masks then nest. The
+    ``backbone`` is the bank's own where none is given. Records with a key in ``without`` are not asked.
+    ``on_step(stage, step, steps)`` is called when a stage begins, with step 0, and after every training step. Ctrl-C
+    during a fine-tuning keeps the best state so far (``training.stopped``) and goes on to the next size.
+
+    Raises:
+        BankError: the bank is empty, damaged, or of another backbone, preprocessing or unit space.
+        BudgetError: a budget cannot be reached; said before any work.
+    """
+    plan = AdaptPlan() if plan is None else plan
+    bank = bank if isinstance(bank, Bank) else open_bank(bank)
+    wanted = [budgets] if isinstance(budgets, Budget) else list(budgets)
+    if not wanted:
+        raise BudgetError("no budget was given, expected at least one")
+    work = _begin(task, bank, plan, backbone, device, on_step)
+    for budget in wanted:  # whether one can be reached does not depend on scores
+        select(work.space, np.zeros(len(work.space)), budget, multiple=plan.multiple)
+    neighbours, weights = work.find(without)
+    ballots, selections = work.elect(neighbours, weights, wanted)
+    donors = work.donors(neighbours, weights)
+    with work.stage("evaluate", "whole model"):
+        dense = evaluate(work.dense, task.test, task.preprocessing)
+    sizes = tuple(
+        work.finish(budget, ballot, selection, donors)
+        for budget, ballot, selection in zip(wanted, ballots, selections, strict=True)
+    )
+    whole = work.space.cost(work.space.whole_mask())
+    probe = work.probe
+    return Adapted(
+        sizes, plan, work.backbone, work.space, whole, tuple(neighbours), tuple(weights), probe, dense, work.seconds
+    )
+
+
+@dataclass(eq=False)
+class _Work:
+    """An adaptation under way: what all its sizes share."""
+
+    task: DecodedTask
+    bank: Bank
+    plan: AdaptPlan
+    backbone: Backbone
+    space: UnitSpace
+    device: str
+    on_step: OnStep | None
+    fit: Split
+    guard: Split | None
+    dense: nn.Module
+    target: Target
+    probe: Probe
+    seconds: dict[str, float]
+
+    @contextmanager
+    def stage(self, name: str, shown: str) -> Iterator[None]:
+        with _timed(self.seconds, name, shown, self.on_step):
+            yield
+
+    def find(self, without: Sequence[str]) -> tuple[list[Neighbour], list[float]]:
+        search = self.plan.search
+        with self.stage("kin", "kin"):
+            neighbours = find_kin(self.bank, self.target, self.task.classes, search, without=without)
+            if search.exact and search.which == "nearest":
+                neighbours = rank_exactly(
+                    neighbours, self.bank, self.backbone, self.space, self.fit.images, self.target, search, self.device
+                )
+            similarities = [neighbour.similarity for neighbour in neighbours]
+            weights = neighbour_weights(similarities, self.plan.weighting, self.plan.temperature)
+        return neighbours, weights.tolist()
+
+    def own_scores(self) -> Scores | None:
+        """The target's own importance on the whole model, where it counts at all."""
+        if self.plan.blend == 0:
+            return None
+        with self.stage("own scores", "scoring"):
+            seed = self.plan.recipe.seed
+            order = torch.randperm(len(self.fit), generator=torch.Generator().manual_seed(seed))
+            batches = (
+                Batch(
+                    normalise_images(self.fit.images[chosen].to(self.device), self.task.preprocessing),
+                    self.fit.labels[chosen].to(self.device),
+                )
+                for chosen in torch.split(order[: self.plan.score_images], self.plan.score_batch)
+            )
+            values = score(self.plan.criterion, self.dense, self.space, batches, seed=seed)
+        return normalise(self.space, values, self.plan.normalisation)
+
+    def elect(
+        self, neighbours: Sequence[Neighbour], weights: Sequence[float], budgets: Sequence[Budget]
+    ) -> tuple[list[Ballot], list[Selection]]:
+        plan, own = self.plan, self.own_scores()
+        with self.stage("vote", "vote"):
+            lessons = self.bank.lessons([neighbour.entry.id for neighbour in neighbours])
+            shares = np.array(weights)
+            if plan.method == "smsp":
+                ballot = ballot_smsp(self.space, lessons.scores, shares, own=own, share=plan.blend)
+                selections = select_family(
+                    self.space,
+                    ballot.scores,
+                    budgets,
+                    allocation=plan.allocation,
+                    normalisation=plan.normalisation,
+                    multiple=plan.multiple,
+                    ties=ballot.ties,
+                )
+                return [ballot] * len(budgets), selections
+            ballots = [
+                ballot_mvp(
+                    self.space,
+                    lessons.rankings,
+                    lessons.scores,
+                    shares,
+                    budget,
+                    own=own,
+                    share=plan.blend,
+                    multiple=plan.multiple,
+                )
+                for budget in budgets
+            ]
+            return ballots, [
+                select(
+                    self.space,
+                    ballot.scores,
+                    budget,
+                    allocation=plan.allocation,
+                    normalisation=plan.normalisation,
+                    multiple=plan.multiple,
+                    ties=ballot.ties,
+                )
+                for ballot, budget in zip(ballots, budgets, strict=True)
+            ]
+
+    def donors(self, neighbours: Sequence[Neighbour], weights: Sequence[float]) -> list[Donor]:
+        """The neighbours' pruned models; only the nearest's where no other is asked for."""
+        if self.plan.inheritance == "backbone":
+            return []
+        with self.stage("inherit", "neighbours' weights"):
+            count = len(neighbours) if self.plan.inheritance == "average" else 1
+            lessons = self.bank.lessons([neighbour.entry.id for neighbour in neighbours[:count]])
+            return [
+                Donor(Mask(kept, self.space.fingerprint), self.bank.tensors(neighbour.entry), weight)
+                for neighbour, kept, weight in zip(neighbours[:count], lessons.kept, weights[:count], strict=True)
+            ]
+
+    def finish(self, budget: Budget, ballot: Ballot, selection: Selection, donors: Sequence[Donor]) -> Sized:
+        """Extract, repair, fine-tune and evaluate the model of one budget."""
+        with self.stage("inherit", "extraction"):
+            if donors:
+                small = inherit(self.dense, self.space, selection.mask, donors)
+            else:
+                small = extract(self.dense, self.space, selection.mask)
+            lay_out(small)
+        with self.stage("closed form", "closed form"):
+            closed = repair(
+                small,
+                self.dense,
+                self.space,
+                selection.mask,
+                self.fit,
+                self.task.preprocessing,
+                head=self.backbone.head,
+                reconstruct=self.plan.reconstruct,
+                method=self.plan.head,
+                seed=self.plan.recipe.seed,
+            )
+        with self.stage("evaluate", "evaluation"):
+            start = evaluate(small, self.task.test, self.task.preprocessing)
+        steps = self.plan.recipe.steps
+        with self.stage("fine-tune", ""):
+            if self.on_step is not None:
+                self.on_step("fine-tuning", 0, steps)
+            training = fine_tune(
+                small,
+                self.fit,
+                self.task.preprocessing,
+                self.plan.recipe,
+                device=self.device,
+                held_back=self.guard,
+                begin=closed.trainable,
+                on_step=None
+                if self.on_step is None
+                else lambda step, of, _loss: self.on_step and self.on_step("fine-tuning", step, of),
+            )
+        with self.stage("evaluate", "evaluation"):
+            final = evaluate(small, self.task.test, self.task.preprocessing) if training.best_step else start
+        return Sized(budget, small, selection, ballot, closed, training, start, final)
+
+
+def _begin(
+    task: DecodedTask, bank: Bank, plan: AdaptPlan, backbone: Backbone | None, device: str, on_step: OnStep | None
+) -> _Work:
+    seconds: dict[str, float] = {}
+    if backbone is None:
+        with _timed(seconds, "load", "backbone", on_step):
+            backbone = load_bank_backbone(bank, len(task.classes), seed=plan.recipe.seed)
+    if backbone.spec.num_classes != len(task.classes):
+        raise BankError(
+            f"the backbone answers {backbone.spec.num_classes} classes, the task {task.name} has {len(task.classes)}: "
+            f"load it with num_classes={len(task.classes)}"
+        )
+    if task.preprocessing != bank.header.preprocessing:
+        raise BankError(
+            f"the task was decoded for {task.preprocessing}, the bank's backbone takes {bank.header.preprocessing}: "
+            "decode it with the bank's preprocessing"
+        )
+    with _timed(seconds, "units", "units", on_step):
+        space = bank_space(bank, backbone)
+    check_space(bank.header, space)
+    fit, guard = hold_back(task.train, plan.recipe.hold_back, plan.recipe.seed)
+    dense = copy.deepcopy(backbone.model).to(device)
+    lay_out(dense)
+    with _timed(seconds, "features", "features", on_step):
+        features = head_inputs(dense, backbone.head, fit.images, task.preprocessing)
+        probe = solve_probe(dense, backbone.head, features, fit.labels, len(task.classes), method=plan.head)
+    target = Target(features.float().numpy(), fit.labels.numpy(), len(task.classes))
+    return _Work(task, bank, plan, backbone, space, device, on_step, fit, guard, dense, target, probe, seconds)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, shown: str, on_step: OnStep | None) -> Iterator[None]:
+    if on_step is not None and shown:
+        on_step(shown, 0, 0)
+    started = perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + perf_counter() - started

@@ -1,0 +1,21 @@
+"""Transferability: how well each of many source tasks fits a target, from one pass of the backbone over its images.
+
+Each source task is a linear probe on the same features, so that all of them are scored by one matrix product.
+"""
+
+from __future__ import annotations
+
+from kinprune.transferability.inputs import Sources, Target, TransferabilityError, sample
+from kinprune.transferability.measures import MEASURES, Measure, nearest, register, transferability
+
+__all__ = [
+    "MEASURES",
+    "Measure",
+    "Sources",
+    "Target",
+    "TransferabilityError",
+    "nearest",
+    "register",
+    "sample",
+    "transferability",
+]

@@ -1,0 +1,211 @@
+"""Building a bank for real: stopped in every way and gone on with, it has the records of a build that was not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import active_children
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import kinprune as kp
+from kinprune.bank import Bank, clean, create_bank, open_bank, verify
+from kinprune.building import Build, Done, build, key_of
+from kinprune.errors import BankError
+from kinprune.units import find_units
+
+BUILDER = Path(__file__).with_name("builder.py")
+CLASSES = ("apple", "pear", "plum", "fig")
+
+
+@pytest.fixture(scope="module")
+def builder() -> ModuleType:
+    """The module that the other processes run."""
+    specification = importlib.util.spec_from_file_location("builder", BUILDER)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread everywhere: sums over several are other numbers in the last place."""
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, sorted(cores)[:2])
+    yield
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., Path]) -> str:
+    return str(make_folder(tmp_path_factory.mktemp("data") / "fruit", CLASSES, 10, 32))
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an empty bank."""
+    folder = tmp_path_factory.mktemp("bank")
+    backbone = kp.load_backbone("test_resnet", num_classes=2, random=True, image_size=32)
+    space = find_units(backbone.model, backbone.preprocessing.image_size, head=backbone.head)
+    create_bank(folder / "bank.db", backbone, space).close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(empty: Path, images: str, builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    """A bank whose build nothing stopped."""
+    bank = open_bank(shutil.copytree(empty, tmp_path_factory.mktemp("whole") / "bank") / "bank.db")
+    seen: list[tuple[str, int, int, bool]] = []
+
+    def tell(done: Done, number: int, of: int) -> None:
+        seen.append((done.name, number, of, done.added))
+
+    assert build(bank, builder.sources(images), builder.PLAN, on_task=tell) == Build(builder.TASKS, 0)
+    assert [number for _, number, of, added in seen if of == builder.TASKS and added] == [1, 2, 3, 4, 5]
+    return bank
+
+
+@pytest.fixture
+def bank(empty: Path, tmp_path: Path) -> Bank:
+    """An empty bank of the same backbone."""
+    return open_bank(shutil.copytree(empty, tmp_path / "bank") / "bank.db")
+
+
+def assert_same_records(bank: Bank, whole: Bank) -> None:
+    """The same keys, once each, and behind each the same numbers bit for bit."""
+    report = verify(bank)
+    assert report.whole and report.unreferenced == (), report
+    entries, expected = ({entry.key: entry for entry in one.entries()} for one in (bank, whole))
+    assert entries.keys() == expected.keys() and len(bank) == len(expected)
+    for key, entry in entries.items():
+        assert (entry.classes, entry.accuracy) == (expected[key].classes, expected[key].accuracy)
+        assert entry.weights == expected[key].weights  # the hash of every byte of them
+        found, put = bank.record(entry), whole.record(expected[key])
+        assert np.array_equal(found.ranking, put.ranking) and found.scores.tobytes() == put.scores.tobytes()
+        assert found.mask == put.mask
+        for name in ("weights", "biases", "means", "counts"):
+            assert np.array_equal(getattr(found.probe, name), getattr(put.probe, name))
+
+
+def start(bank: Bank, images: str, workers: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(BUILDER), bank.address, images, str(workers)],
+        env={**os.environ, "PYTHONPATH": str(Path(kp.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_first(running: subprocess.Popen[str]) -> None:
+    assert running.stdout is not None and running.stderr is not None
+    line = running.stdout.readline()
+    assert line.startswith("done 1 of 5"), line + running.stderr.read()
+
+
+def wait_for_end_of_group(group: int) -> None:
+    """Return once no process of a group is left."""
+    for _ in range(300):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    raise AssertionError("the workers outlived their builder")
+
+
+def test_what_a_build_writes(whole: Bank, images: str, builder: ModuleType) -> None:
+    assert verify(whole).whole and len(whole) == builder.TASKS
+    tasks = [source.load() for source in builder.sources(images)]
+    assert [entry.key for entry in whole.entries()] == [key_of(task, builder.PLAN) for task in tasks]
+    assert len({entry.classes for entry in whole.entries()}) == builder.TASKS
+    for entry, task in zip(whole.entries(), tasks, strict=True):
+        record = whole.record(entry)
+        assert record.classes == task.classes and record.probe.weights.shape[0] == 2
+        assert record.details["task_digest"] == task.digest and record.details["plan"]["rounds"] == 2
+        space_counts = [np.count_nonzero(part) for part in np.split(record.mask.kept, bounds(whole))]
+        assert space_counts == [max(1, int(size * 0.3 + 1e-9)) for _, size in whole.header.groups]
+        assert (record.ranking[record.mask.kept] < np.repeat(space_counts, space_counts)).all()
+
+
+def bounds(bank: Bank) -> list[int]:
+    """Where groups end, but for the last."""
+    return np.cumsum([size for _, size in bank.header.groups])[:-1].tolist()
+
+
+def test_a_second_build_has_nothing_to_do(whole: Bank, images: str, builder: ModuleType) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a task was pruned again")
+
+    assert build(whole, builder.sources(images), builder.PLAN, on_task=never) == Build(0, builder.TASKS)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_that_was_killed_goes_on(
+    bank: Bank, whole: Bank, images: str, builder: ModuleType, workers: int
+) -> None:
+    running = start(bank, images, workers)
+    wait_for_first(running)
+    running.kill()
+    running.communicate()
+    assert running.returncode == -signal.SIGKILL
+    wait_for_end_of_group(running.pid)
+    go_on(bank, whole, images, builder)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_that_was_interrupted_goes_on(
+    bank: Bank, whole: Bank, images: str, builder: ModuleType, workers: int
+) -> None:
+    """Ctrl-C: with one worker, in the middle of the second task's fine-tuning."""
+    done = 0
+
+    def on_task(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if workers > 1:
+            signal.raise_signal(signal.SIGINT)
+
+    def on_step(stage: str, step: int, steps: int) -> None:
+        if done and stage == "fine-tuning" and step:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(bank, builder.sources(images), builder.PLAN, workers=workers, on_task=on_task, on_step=on_step)
+    assert active_children() == []
+    go_on(bank, whole, images, builder)
+
+
+def go_on(bank: Bank, whole: Bank, images: str, builder: ModuleType, workers: int = 1) -> None:
+    """Build again what was stopped: nothing is lost, nothing is there twice."""
+    before = len(bank)
+    assert 1 <= before < builder.TASKS and verify(bank).whole
+    finished = build(bank, builder.sources(images), builder.PLAN, workers=workers)
+    assert finished == Build(builder.TASKS - before, before)
+    clean(bank, older_than_seconds=0)  # weights of a record that was being written
+    assert_same_records(bank, whole)
+
+
+def test_a_lost_worker_is_told_and_several_go_on(bank: Bank, whole: Bank, images: str, builder: ModuleType) -> None:
+    def kill(*_: object) -> None:
+        os.kill(next(child.pid for child in active_children() if child.pid), signal.SIGKILL)
+
+    with pytest.raises(BankError, match=r"a worker of the build was lost .* run the same build again"):
+        build(bank, builder.sources(images), builder.PLAN, workers=2, on_task=kill)
+    assert active_children() == []
+    go_on(bank, whole, images, builder, workers=2)
