@@ -10,14 +10,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kinprune.adaptation import Adapted, AdaptPlan, adapt
+    from kinprune.adapted import adapted_artifact
     from kinprune.artifact import Artifact, load, save
     from kinprune.backbones import Backbone, BackboneSpec, load_backbone
+    from kinprune.bank import Bank, create_bank, open_bank
     from kinprune.calibration import closed_form
     from kinprune.delivery import artifact_of
     from kinprune.devices import OnnxExport, export_onnx, predict_onnx
     from kinprune.errors import KinpruneError
     from kinprune.evaluation import Evaluation, evaluate, predict
     from kinprune.importance import Batch, normalise, rank, score
+    from kinprune.kin import Neighbour, Search, find_kin
     from kinprune.preprocessing import Preprocessing
     from kinprune.pruning import Plan, Pruned, prune
     from kinprune.selection import Budget, Selection, select, select_family
@@ -35,14 +39,18 @@ if TYPE_CHECKING:
     from kinprune.units import Costs, Group, Mask, UnitSpace, extract, find_units
 
 _HOMES = {
+    "adaptation": ("AdaptPlan", "Adapted", "adapt"),
+    "adapted": ("adapted_artifact",),
     "artifact": ("Artifact", "load", "save"),
     "backbones": ("Backbone", "BackboneSpec", "load_backbone"),
+    "bank": ("Bank", "create_bank", "open_bank"),
     "calibration": ("closed_form",),
     "delivery": ("artifact_of",),
     "devices": ("OnnxExport", "export_onnx", "predict_onnx"),
     "errors": ("KinpruneError",),
     "evaluation": ("Evaluation", "evaluate", "predict"),
     "importance": ("Batch", "normalise", "rank", "score"),
+    "kin": ("Neighbour", "Search", "find_kin"),
     "preprocessing": ("Preprocessing",),
     "pruning": ("Plan", "Pruned", "prune"),
     "selection": ("Budget", "Selection", "select", "select_family"),
@@ -62,9 +70,12 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdaptPlan",
+    "Adapted",
     "Artifact",
     "Backbone",
     "BackboneSpec",
+    "Bank",
     "Batch",
     "Budget",
     "Costs",
@@ -73,23 +84,29 @@ __all__ = [
     "Group",
     "KinpruneError",
     "Mask",
+    "Neighbour",
     "OnnxExport",
     "Plan",
     "Preprocessing",
     "Pruned",
     "Recipe",
+    "Search",
     "Selection",
     "Split",
     "Task",
     "TrainingResult",
     "UnitSpace",
+    "adapt",
+    "adapted_artifact",
     "artifact_of",
     "closed_form",
+    "create_bank",
     "decode",
     "decode_image",
     "evaluate",
     "export_onnx",
     "extract",
+    "find_kin",
     "find_units",
     "fine_tune",
     "load",
@@ -97,6 +114,7 @@ __all__ = [
     "load_task",
     "load_torchvision",
     "normalise",
+    "open_bank",
     "predict",
     "predict_onnx",
     "prune",

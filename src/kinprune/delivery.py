@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from torch import nn
 
 import kinprune
 from kinprune.artifact import Artifact
 from kinprune.backbones import Backbone
 from kinprune.pruning import Pruned
 from kinprune.tasks import DecodedTask
-from kinprune.units import attributes_of
+from kinprune.units import Mask, UnitSpace, attributes_of
 
 
 def artifact_of(pruned: Pruned, backbone: Backbone, task: DecodedTask) -> Artifact:
     """The artifact of a pruned model, ready for ``save``: what it is, where it comes from and how good it is."""
-    space, mask = pruned.space, pruned.selection.mask
+    summary = summarise(pruned)
+    return make_artifact(
+        pruned.model,
+        backbone,
+        task,
+        pruned.space,
+        pruned.selection.mask,
+        seed=pruned.plan.recipe.seed,
+        metrics={key: summary[key] for key in METRICS},
+        provenance={"plan": plain(asdict(pruned.plan))},
+    )
+
+
+METRICS = ("accuracy", "accuracy_closed_form", "accuracy_dense", "costs", "whole")
+"""What an artifact keeps of a summary."""
+
+
+def make_artifact(
+    model: nn.Module,
+    backbone: Backbone,
+    task: DecodedTask,
+    space: UnitSpace,
+    mask: Mask,
+    *,
+    seed: int,
+    metrics: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> Artifact:
+    """The artifact of a model that ``mask`` cut from a backbone for a task; ``provenance`` gains the task."""
     kept = [np.flatnonzero(part).tolist() for part in space.split(mask.kept)]
     names = [group.name for group in space.groups]
-    summary = summarise(pruned)
     return Artifact(
-        model=pruned.model,
+        model=model,
         spec=backbone.spec,
         preprocessing=task.preprocessing,
         classes=task.classes,
@@ -35,9 +64,9 @@ def artifact_of(pruned: Pruned, backbone: Backbone, task: DecodedTask) -> Artifa
         backbone_fingerprint=backbone.fingerprint,
         space_fingerprint=space.fingerprint,
         attributes=attributes_of(space, [len(units) for units in kept]),
-        seed=pruned.plan.recipe.seed,
-        metrics={key: summary[key] for key in ("accuracy", "accuracy_closed_form", "accuracy_dense", "costs", "whole")},
-        provenance={"task": task.name, "task_digest": task.digest, "plan": _plain(asdict(pruned.plan))},
+        seed=seed,
+        metrics=metrics,
+        provenance={"task": task.name, "task_digest": task.digest, **provenance},
     )
 
 
@@ -76,8 +105,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples to lists, all the way down: what JSON gives back."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

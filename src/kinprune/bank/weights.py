@@ -58,8 +58,7 @@ class WeightStore:
         digest = digest_of(content)
         system, path = self._place[0], self._path(digest)
         try:
-            system.invalidate_cache()  # others write here too: a listing that was read earlier may be old
-            if system.exists(path) and system.size(path) == len(content):
+            if self._size(path) == len(content):
                 return digest
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             temporary = f"{path}.{secrets.token_hex(4)}.tmp"
@@ -71,13 +70,18 @@ class WeightStore:
             ) from error
         return digest
 
-    def has(self, digest: str) -> bool:
-        """Whether a file is there now."""
-        if not is_digest(digest):
-            return False
+    def _size(self, path: str) -> int | None:
+        """The bytes of a file as it is now; None where there is none: others write and remove here too."""
         system = self._place[0]
         system.invalidate_cache()
-        return bool(system.exists(self._path(digest)))
+        try:
+            return int(system.size(path))
+        except FileNotFoundError:
+            return None
+
+    def has(self, digest: str) -> bool:
+        """Whether a file is there now."""
+        return is_digest(digest) and self._size(self._path(digest)) is not None
 
     def get(self, digest: str) -> bytes:
         """The bytes of a hash; BankError where they are not there or are not those that were stored."""

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kinprune.cli.adapt import adapt_command, kin_command
 from kinprune.cli.bank import bank_app
 from kinprune.cli.help import Sectioned
 from kinprune.cli.prune import prune_command
@@ -22,6 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank_app)
+app.command("adapt", cls=Sectioned)(adapt_command)
+app.command("kin", cls=Sectioned)(kin_command)
 app.command("units", cls=Sectioned)(units_command)
 app.command("prune", cls=Sectioned)(prune_command)
 app.command("eval", cls=Sectioned)(eval_command)

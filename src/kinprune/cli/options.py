@@ -10,9 +10,10 @@ import typer
 
 from kinprune.cli.values import between, three, whole
 
-SECTIONS = DATA, MODEL, BUDGET, PRUNING, TRAINING, RUNNING = (
+SECTIONS = DATA, MODEL, KIN, BUDGET, PRUNING, TRAINING, RUNNING = (
     "Data",
     "Model",
+    "Kin",
     "Budget (one or more, all of them hold)",
     "Pruning",
     "Fine-tuning",

@@ -135,7 +135,7 @@ def prune_command(
     unit_space(backbone, plan)
     say(f"{task.name}: {len(task.train):,} training and {len(task.test):,} test images of {len(task.classes)} classes")
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
-    with _bar() as on_step:
+    with stage_bar() as on_step:
         pruned = prune(backbone, decoded, plan, device=device, on_step=on_step)
     save(artifact_of(pruned, backbone, decoded), out, overwrite=overwrite)
     summary = {"out": str(out), "task": task.name, "model": model, "method": method, **summarise(pruned)}
@@ -162,7 +162,7 @@ def _limited(plan: Plan, backbone: Backbone, keep: float | None, given: dict[str
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
+def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar of the stage under way, on standard error, on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
