@@ -77,7 +77,7 @@ def find_postgresql() -> Path | None:
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[str]:
-    """A throw-away server on a socket of its own: its URL, to which a database's name is added.
+    """A throw-away server on a socket of its own, and the URL of its database.
 
     Without PostgreSQL's programs the tests that need it are skipped; where ``CI`` is set they fail.
     """
@@ -114,7 +114,7 @@ def postgresql_server() -> Iterator[str]:
         )
         try:
             wait_for_socket(folder, server)
-            yield f"postgresql+psycopg://kinprune@/{{name}}?host={folder}"
+            yield f"postgresql+psycopg://kinprune@/postgres?host={folder}"
         finally:
             server.send_signal(signal.SIGQUIT)  # at once: nothing in it is needed again
             server.wait(60)
@@ -144,16 +144,15 @@ def wait_for_socket(folder: Path, server: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def make_database(postgresql_server: str) -> Callable[[], str]:
-    """``make_database()``: the URL of a new, empty PostgreSQL database."""
+    """``make_database()``: the URL of an empty place in PostgreSQL, a schema of its own: quicker than a database."""
     import psycopg
 
     numbers = count()
 
     def make() -> str:
-        name = f"bank{next(numbers)}"
-        administration = postgresql_server.format(name="postgres").replace("+psycopg", "")
-        with psycopg.connect(administration, autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[call-overload]
-        return postgresql_server.format(name=name)
+        name = f"test{next(numbers)}"
+        with psycopg.connect(postgresql_server.replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")  # type: ignore[call-overload]
+        return f"{postgresql_server}&options=-csearch_path%3D{name}"
 
     return make

@@ -28,9 +28,10 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the documentation says a reader has: a folder of photos and a file of weights."""
+    """What the documentation says a reader has: two folders of photos and a file of weights."""
     home = tmp_path
     make_folder(home / "photos", ["bird", "cat", "dog"], 8, size=48)
+    make_folder(home / "new-photos", ["fox", "hen"], 8, size=48)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model("mobilenetv2_100")
@@ -52,7 +53,7 @@ def test_the_readme_runs(reader: Path) -> None:
         elif language == "python":
             exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
             ran += 1
-    assert ran >= 9
+    assert ran >= 13
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -95,8 +95,8 @@ def verify(bank: Bank, *, weights: bool = True, on_record: OnRecord | None = Non
 def clean(bank: Bank, older_than_seconds: float = 86_400) -> tuple[str, ...]:
     """Remove files that no record refers to and that were written that long ago, and return their names.
 
-    Beside writers this is safe for weights at any age; a younger file from a write that has not ended is only told
-    by its age. Files whose age the file system does not know stay.
+    Weights are safe beside writers at any age. What a write that has not ended has begun is told by its age alone:
+    give more seconds than any write lasts. Files whose age the file system does not know stay.
 
     Raises:
         BankError: a file cannot be removed.

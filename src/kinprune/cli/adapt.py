@@ -252,22 +252,18 @@ def _print_sizes(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table()
-    table.add_column("")
-    for name in ("in closed form", "fine-tuned", "parameters", "MACs", "weights", "peak memory"):
-        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)
+    for name in ("closed form", "fine-tuned", "parameters", "MACs", "weights"):
+        table.add_column(name, justify="right", no_wrap=True)
 
-    def cells(costs: dict[str, int]) -> tuple[str, str, str, str]:
-        return (
-            count(costs["parameters"]),
-            count(costs["macs"]),
-            size(costs["weight_bytes"]),
-            size(costs["peak_memory_bytes"]),
-        )
+    def cells(costs: dict[str, int]) -> tuple[str, str, str]:
+        return count(costs["parameters"]), count(costs["macs"]), size(costs["weight_bytes"])
 
     table.add_row("whole model", f"{summary['accuracy_dense']:.1%}", "", *cells(summary["whole"]))
-    for folder, sized in zip(summary["out"], summary["sizes"], strict=True):
+    for sized in summary["sizes"]:
         accuracy = f"{sized['accuracy_closed_form']:.1%}", f"{sized['accuracy']:.1%}"
-        table.add_row(folder, *accuracy, *cells(sized["costs"]))
+        name = f"keep {sized['budget']['keep']:g}" if "keep" in sized["budget"] else "pruned"
+        table.add_row(name, *accuracy, *cells(sized["costs"]))
     shown = console()
     shown.print(table)
     for sized in summary["sizes"]:
@@ -275,3 +271,5 @@ def _print_sizes(summary: dict[str, Any]) -> None:
             shown.print(f"Note: {sized['note']}.")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in summary["seconds"].items())
     shown.print(f"Took {sum(summary['seconds'].values()):.1f} s: {seconds}.")
+    for folder in summary["out"]:
+        shown.print(f"Saved to {folder}", soft_wrap=True)
