@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,8 +98,9 @@ def parse_address(address: str | Path) -> URL:
         return URL.create("sqlite", database=str(Path(text).expanduser()))
     try:
         url = make_url(text)
-    except ArgumentError as error:
-        raise BankError(f"{text} is no address of a bank ({error}): {_EXPECTED}") from error
+    except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
+        shown = re.sub(r"//[^@]*@", "//***@", text)  # it may hold a password
+        raise BankError(f"{shown} is no address of a bank ({error}): {_EXPECTED}") from error
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise BankError(f"a bank cannot be in {url.get_backend_name()!r}: {_EXPECTED}")
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):

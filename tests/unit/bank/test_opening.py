@@ -241,3 +241,9 @@ def test_a_stored_bank_of_the_first_schema_can_be_read(tmp_path: Path, make_reco
     assert record.ranking[:8].tolist() == RANKING and record.classes == ("class 0", "class 1", "class 2")
     assert record.accuracy.final == 0.9 and record.details["seed"] == 3
     assert record.probe.counts.tolist() == COUNTS and record.tensors["first.weight"].shape == (4, 3, 3, 3)
+
+
+def test_a_port_that_is_no_number_is_refused_without_showing_the_password() -> None:
+    with pytest.raises(BankError, match="is no address of a bank") as refused:
+        open_bank("postgresql://user:secret@host:abc/name")
+    assert "secret" not in str(refused.value)
