@@ -8,23 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from torch import nn
 
 from kinprune.backbones import Backbone
-from kinprune.bank import Bank, check_space, open_bank
+from kinprune.bank import Bank, Lessons, check_space, open_bank
 from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
 from kinprune.calibration.head import HeadMethod
 from kinprune.errors import BankError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
-from kinprune.importance import CRITERIA, Batch, Criterion, Normalisation, Scores, normalise, score
+from kinprune.importance import CRITERIA, Criterion, Normalisation, Scores, draw_batches, normalise, score
 from kinprune.inheritance import Donor, inherit
 from kinprune.kin import Neighbour, Search, find_kin, rank_exactly
-from kinprune.preprocessing import normalise as normalise_images
 from kinprune.pruning import OnStep, repair
 from kinprune.selection import Allocation, Budget, Selection, select, select_family
 from kinprune.tasks import DecodedTask, Split
@@ -122,6 +120,7 @@ def adapt(
     plan: AdaptPlan | None = None,
     *,
     backbone: Backbone | None = None,
+    space: UnitSpace | None = None,
     without: Sequence[str] = (),
     device: str = "cpu",
     on_step: OnStep | None = None,
@@ -129,9 +128,9 @@ def adapt(
     """Make the bank's backbone small for a new task, in one shot, from what its nearest kin learnt.
 
     Several ``budgets`` share features, neighbours and, with SMSP, one score mask; their masks then nest. The
-    ``backbone`` is the bank's own where none is given. Records with a key in ``without`` are not asked.
-    ``on_step(stage, step, steps)`` is called when a stage begins, with step 0, and after every training step. Ctrl-C
-    during a fine-tuning keeps the best state so far (``training.stopped``) and goes on to the next size.
+    ``backbone`` and its unit ``space`` are the bank's own where none are given. Records with a key in ``without`` are
+    not asked. ``on_step(stage, step, steps)`` is called when a stage begins, with step 0, and after every training
+    step. Ctrl-C during a fine-tuning keeps the best state so far (``training.stopped``) and goes on to the next size.
 
     Raises:
         BankError: the bank is empty, damaged, or of another backbone, preprocessing or unit space.
@@ -142,12 +141,11 @@ def adapt(
     wanted = [budgets] if isinstance(budgets, Budget) else list(budgets)
     if not wanted:
         raise BudgetError("no budget was given, expected at least one")
-    work = _begin(task, bank, plan, backbone, device, on_step)
-    for budget in wanted:  # whether one can be reached does not depend on scores
-        select(work.space, np.zeros(len(work.space)), budget, multiple=plan.multiple)
+    work = _begin(task, bank, wanted, plan, backbone, space, device, on_step)
     neighbours, weights = work.find(without)
-    ballots, selections = work.elect(neighbours, weights, wanted)
-    donors = work.donors(neighbours, weights)
+    lessons = work.read_lessons(neighbours)
+    ballots, selections = work.elect(lessons, weights, wanted)
+    donors = work.donors(neighbours, lessons, weights)
     with work.stage("evaluate", "whole model"):
         dense = evaluate(work.dense, task.test, task.preprocessing)
     sizes = tuple(
@@ -155,10 +153,14 @@ def adapt(
         for budget, ballot, selection in zip(wanted, ballots, selections, strict=True)
     )
     whole = work.space.cost(work.space.whole_mask())
-    probe = work.probe
-    return Adapted(
-        sizes, plan, work.backbone, work.space, whole, tuple(neighbours), tuple(weights), probe, dense, work.seconds
-    )
+    kin, shares = tuple(neighbours), tuple(weights)
+    return Adapted(sizes, plan, work.backbone, work.space, whole, kin, shares, work.probe, dense, work.seconds)
+
+
+def check_budgets(space: UnitSpace, budgets: Sequence[Budget], plan: AdaptPlan) -> None:
+    """Refuse budgets that cannot be reached, with BudgetError: whether one can does not depend on scores."""
+    for budget in budgets:
+        select(space, np.zeros(len(space)), budget, multiple=plan.multiple)
 
 
 @dataclass(eq=False)
@@ -202,72 +204,45 @@ class _Work:
             return None
         with self.stage("own scores", "scoring"):
             seed = self.plan.recipe.seed
-            order = torch.randperm(len(self.fit), generator=torch.Generator().manual_seed(seed))
-            batches = (
-                Batch(
-                    normalise_images(self.fit.images[chosen].to(self.device), self.task.preprocessing),
-                    self.fit.labels[chosen].to(self.device),
-                )
-                for chosen in torch.split(order[: self.plan.score_images], self.plan.score_batch)
+            plan, device = self.plan, self.device
+            batches = draw_batches(
+                self.fit, self.task.preprocessing, plan.score_images, plan.score_batch, seed=seed, device=device
             )
-            values = score(self.plan.criterion, self.dense, self.space, batches, seed=seed)
+            values = score(plan.criterion, self.dense, self.space, batches, seed=seed)
         return normalise(self.space, values, self.plan.normalisation)
 
-    def elect(
-        self, neighbours: Sequence[Neighbour], weights: Sequence[float], budgets: Sequence[Budget]
-    ) -> tuple[list[Ballot], list[Selection]]:
-        plan, own = self.plan, self.own_scores()
+    def read_lessons(self, neighbours: Sequence[Neighbour]) -> Lessons:
         with self.stage("vote", "vote"):
-            lessons = self.bank.lessons([neighbour.entry.id for neighbour in neighbours])
-            shares = np.array(weights)
-            if plan.method == "smsp":
-                ballot = ballot_smsp(self.space, lessons.scores, shares, own=own, share=plan.blend)
-                selections = select_family(
-                    self.space,
-                    ballot.scores,
-                    budgets,
-                    allocation=plan.allocation,
-                    normalisation=plan.normalisation,
-                    multiple=plan.multiple,
-                    ties=ballot.ties,
-                )
-                return [ballot] * len(budgets), selections
-            ballots = [
-                ballot_mvp(
-                    self.space,
-                    lessons.rankings,
-                    lessons.scores,
-                    shares,
-                    budget,
-                    own=own,
-                    share=plan.blend,
-                    multiple=plan.multiple,
-                )
-                for budget in budgets
-            ]
-            return ballots, [
-                select(
-                    self.space,
-                    ballot.scores,
-                    budget,
-                    allocation=plan.allocation,
-                    normalisation=plan.normalisation,
-                    multiple=plan.multiple,
-                    ties=ballot.ties,
-                )
-                for ballot, budget in zip(ballots, budgets, strict=True)
-            ]
+            return self.bank.lessons([neighbour.entry.id for neighbour in neighbours])
 
-    def donors(self, neighbours: Sequence[Neighbour], weights: Sequence[float]) -> list[Donor]:
+    def elect(
+        self, lessons: Lessons, weights: Sequence[float], budgets: Sequence[Budget]
+    ) -> tuple[list[Ballot], list[Selection]]:
+        """A ballot and a selection for each budget; with SMSP one ballot serves all, and the selections nest."""
+        own = self.own_scores()
+        plan, space, shares = self.plan, self.space, np.array(weights)
+        how = {name: getattr(plan, name) for name in ("allocation", "normalisation", "multiple")}
+        with self.stage("vote", "vote"):
+            if plan.method == "smsp":
+                ballot = ballot_smsp(space, lessons.scores, shares, own=own, share=plan.blend)
+                family = select_family(space, ballot.scores, budgets, ties=ballot.ties, **how)
+                return [ballot] * len(budgets), family
+            rankings, scores = lessons.rankings, lessons.scores
+            mixed: dict[str, Any] = {"own": own, "share": plan.blend, "multiple": plan.multiple}
+            ballots = [ballot_mvp(space, rankings, scores, shares, budget, **mixed) for budget in budgets]
+            pairs = zip(ballots, budgets, strict=True)
+            return ballots, [select(space, one.scores, budget, ties=one.ties, **how) for one, budget in pairs]
+
+    def donors(self, neighbours: Sequence[Neighbour], lessons: Lessons, weights: Sequence[float]) -> list[Donor]:
         """The neighbours' pruned models; only the nearest's where no other is asked for."""
         if self.plan.inheritance == "backbone":
             return []
         with self.stage("inherit", "neighbours' weights"):
             count = len(neighbours) if self.plan.inheritance == "average" else 1
-            lessons = self.bank.lessons([neighbour.entry.id for neighbour in neighbours[:count]])
+            asked = zip(neighbours[:count], lessons.kept[:count], weights[:count], strict=True)
             return [
                 Donor(Mask(kept, self.space.fingerprint), self.bank.tensors(neighbour.entry), weight)
-                for neighbour, kept, weight in zip(neighbours[:count], lessons.kept, weights[:count], strict=True)
+                for neighbour, kept, weight in asked
             ]
 
     def finish(self, budget: Budget, ballot: Ballot, selection: Selection, donors: Sequence[Donor]) -> Sized:
@@ -315,12 +290,38 @@ class _Work:
 
 
 def _begin(
-    task: DecodedTask, bank: Bank, plan: AdaptPlan, backbone: Backbone | None, device: str, on_step: OnStep | None
+    task: DecodedTask,
+    bank: Bank,
+    budgets: Sequence[Budget],
+    plan: AdaptPlan,
+    backbone: Backbone | None,
+    space: UnitSpace | None,
+    device: str,
+    on_step: OnStep | None,
 ) -> _Work:
+    """Refuse what does not fit the bank; then the one pass of features that all else is found from."""
     seconds: dict[str, float] = {}
     if backbone is None:
         with _timed(seconds, "load", "backbone", on_step):
             backbone = load_bank_backbone(bank, len(task.classes), seed=plan.recipe.seed)
+    _check_task(task, bank, backbone)
+    if space is None:
+        with _timed(seconds, "units", "units", on_step):
+            space = bank_space(bank, backbone)
+    else:
+        check_space(bank.header, space)
+    check_budgets(space, budgets, plan)
+    fit, guard = hold_back(task.train, plan.recipe.hold_back, plan.recipe.seed)
+    dense = copy.deepcopy(backbone.model).to(device)
+    lay_out(dense)
+    with _timed(seconds, "features", "features", on_step):
+        features = head_inputs(dense, backbone.head, fit.images, task.preprocessing)
+        probe = solve_probe(dense, backbone.head, features, fit.labels, len(task.classes), method=plan.head)
+    target = Target(features.float().numpy(), fit.labels.numpy(), len(task.classes))
+    return _Work(task, bank, plan, backbone, space, device, on_step, fit, guard, dense, target, probe, seconds)
+
+
+def _check_task(task: DecodedTask, bank: Bank, backbone: Backbone) -> None:
     if backbone.spec.num_classes != len(task.classes):
         raise BankError(
             f"the backbone answers {backbone.spec.num_classes} classes, the task {task.name} has {len(task.classes)}: "
@@ -331,17 +332,6 @@ def _begin(
             f"the task was decoded for {task.preprocessing}, the bank's backbone takes {bank.header.preprocessing}: "
             "decode it with the bank's preprocessing"
         )
-    with _timed(seconds, "units", "units", on_step):
-        space = bank_space(bank, backbone)
-    check_space(bank.header, space)
-    fit, guard = hold_back(task.train, plan.recipe.hold_back, plan.recipe.seed)
-    dense = copy.deepcopy(backbone.model).to(device)
-    lay_out(dense)
-    with _timed(seconds, "features", "features", on_step):
-        features = head_inputs(dense, backbone.head, fit.images, task.preprocessing)
-        probe = solve_probe(dense, backbone.head, features, fit.labels, len(task.classes), method=plan.head)
-    target = Target(features.float().numpy(), fit.labels.numpy(), len(task.classes))
-    return _Work(task, bank, plan, backbone, space, device, on_step, fit, guard, dense, target, probe, seconds)
 
 
 @contextmanager

@@ -33,6 +33,10 @@ class ArtifactError(KinpruneError):
     """An artifact on disk is damaged, altered, or of a version this library does not read."""
 
 
+class TransferabilityError(KinpruneError):
+    """Transferability cannot be computed from what was given."""
+
+
 class ExportError(KinpruneError):
     """An exported model is missing a dependency or does not answer as the original does."""
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinprune.errors import ImportanceError
+from kinprune.preprocessing import Preprocessing
+from kinprune.preprocessing import normalise as normalise_images
+from kinprune.tasks import Split
 from kinprune.units import UnitSpace
 from kinprune.units.layout import unit_of
 from kinprune.units.modes import evaluating
@@ -35,6 +38,15 @@ class Batch:
 
     images: Tensor
     labels: Tensor
+
+
+def draw_batches(
+    split: Split, preprocessing: Preprocessing, images: int, batch: int, *, seed: int, device: str = "cpu"
+) -> Iterator[Batch]:
+    """Up to ``images`` training images, ``batch`` at a time, drawn with ``seed`` without replacement."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    for chosen in torch.split(order[:images], batch):
+        yield Batch(normalise_images(split.images[chosen].to(device), preprocessing), split.labels[chosen].to(device))
 
 
 def score(

@@ -14,7 +14,6 @@ from time import perf_counter
 from typing import get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -31,9 +30,8 @@ from kinprune.calibration import (
 from kinprune.calibration.head import HeadMethod
 from kinprune.errors import BackboneError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
-from kinprune.importance import CRITERIA, Batch, Criterion, Normalisation, Scores, normalise, rank, score
+from kinprune.importance import CRITERIA, Criterion, Normalisation, Scores, draw_batches, normalise, rank, score
 from kinprune.preprocessing import Preprocessing
-from kinprune.preprocessing import normalise as normalise_images
 from kinprune.selection import Allocation, Budget, Selection, select
 from kinprune.tasks import DecodedTask, Split
 from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
@@ -329,8 +327,11 @@ class _Shrinking:
     def _score(self) -> None:
         """Score the units still there, in the model as it is now; the others keep the score they left with."""
         current = self.space.shrink(self.mask)
-        batches = _batches(self.fit, self.preprocessing, self.plan, self.device)
-        values = score(self.plan.criterion, self.model, current, batches, seed=self.plan.recipe.seed)
+        plan, seed = self.plan, self.plan.recipe.seed
+        batches = draw_batches(
+            self.fit, self.preprocessing, plan.score_images, plan.score_batch, seed=seed, device=self.device
+        )
+        values = score(plan.criterion, self.model, current, batches, seed=seed)
         self.scores[self.mask.kept] = normalise(current, values, self.plan.normalisation)
 
     def train(self, recipe: Recipe, stage: str, *, interruptible: bool) -> TrainingResult:
@@ -357,14 +358,6 @@ class _Shrinking:
         if self.plan.rounds > 1:
             self._score()
         return rank(self.space, self.removed_in.astype(np.float64), (self.scores,))
-
-
-def _batches(split: Split, preprocessing: Preprocessing, plan: Plan, device: str) -> Iterator[Batch]:
-    """Seeded batches of training images to score units with, drawn without replacement."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(plan.recipe.seed))
-    for chosen in torch.split(order[: plan.score_images], plan.score_batch):
-        images = normalise_images(split.images[chosen].to(device), preprocessing)
-        yield Batch(images, split.labels[chosen].to(device))
 
 
 def _layers(space: UnitSpace, mask: Mask, dense: nn.Module) -> tuple[ReconstructionLayer, ...]:

@@ -75,60 +75,85 @@ def closed_form(
     fine-tuning. The leave-one-out figures know nothing of the images' part in the reconstruction, and flatter it a
     little. Works in place.
     """
-    starts: list[_Start] = []
-    seconds = {"reconstruction": 0.0, "batch_norm": 0.0, "head": 0.0}
-    solved: tuple[LayerReconstruction, ...] = ()
     judges = _judges(labels, num_classes, seed)
-
-    def try_starts(reconstructed: bool) -> None:
-        for counted in (False, True):
-            norms = 0
-            if counted:
-                with _timed(seconds, "batch_norm"):
-                    norms = (
-                        reestimate_batch_norm(model, images, preprocessing, seed=seed)
-                        if dense is None or channels is None
-                        else match_batch_norm(model, dense, channels, images, preprocessing, seed=seed)
-                    )
-                if not norms:
-                    return
-            with _timed(seconds, "head"):
-                solution = solve_head(
-                    model, head, images[judges], labels[judges], num_classes, preprocessing, method=method
-                )
-            starts.append(_Start(solution, norms, reconstructed, _state(model)))
-
+    trial = _Trial(model, head, images, labels, num_classes, preprocessing, dense, channels, method, seed, judges)
+    solved: tuple[LayerReconstruction, ...] = ()
     original = _state(model)
-    try_starts(reconstructed=False)
+    starts = trial.starts(reconstructed=False)
     if dense is not None and layers:
         _restore(model, original)
-        with _timed(seconds, "reconstruction"):
+        with trial.timed("reconstruction"):
             solved = reconstruct(model, dense, layers, images, preprocessing, seed=seed)
-        try_starts(reconstructed=True)
-
-    def settle(start: _Start) -> HeadSolution:
-        _restore(model, start.state)
-        if len(judges) == len(labels):
-            return start.head
-        with _timed(seconds, "head"):
-            return solve_head(model, head, images, labels, num_classes, preprocessing, method=method)
-
+        starts += trial.starts(reconstructed=True)
     best = min(starts, key=_worth)
     trainable = None
     if not best.norms and any(start.norms for start in starts):
-        settle(min((start for start in starts if start.norms), key=_worth))
+        trial.settle(min((start for start in starts if start.norms), key=_worth))
         trainable = _state(model)
-    solution = settle(best)
+    solution = trial.settle(best)
     return ClosedForm(
         solution,
         best.norms,
         best.reconstructed,
         solved,
-        seconds["reconstruction"],
-        seconds["batch_norm"],
-        seconds["head"],
+        trial.seconds["reconstruction"],
+        trial.seconds["batch_norm"],
+        trial.seconds["head"],
         trainable,
     )
+
+
+@dataclass(eq=False)
+class _Trial:
+    """The starts of one model, tried in turn on the ``judges`` among its images."""
+
+    model: nn.Module
+    head: str
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    preprocessing: Preprocessing
+    dense: nn.Module | None
+    channels: Mapping[str, Sequence[int]] | None
+    method: HeadMethod
+    seed: int
+    judges: Tensor
+    seconds: dict[str, float] = field(default_factory=lambda: {"reconstruction": 0.0, "batch_norm": 0.0, "head": 0.0})
+
+    def starts(self, *, reconstructed: bool) -> list[_Start]:
+        """The model as it is, and with its batch norm repaired where it has any."""
+        found = [_Start(self.solve(self.judges), 0, reconstructed, _state(self.model))]
+        norms = self.repair_batch_norm()
+        if norms:
+            found.append(_Start(self.solve(self.judges), norms, reconstructed, _state(self.model)))
+        return found
+
+    def repair_batch_norm(self) -> int:
+        with self.timed("batch_norm"):
+            if self.dense is None or self.channels is None:
+                return reestimate_batch_norm(self.model, self.images, self.preprocessing, seed=self.seed)
+            return match_batch_norm(
+                self.model, self.dense, self.channels, self.images, self.preprocessing, seed=self.seed
+            )
+
+    def solve(self, chosen: Tensor) -> HeadSolution:
+        with self.timed("head"):
+            images, labels = self.images[chosen], self.labels[chosen]
+            return solve_head(
+                self.model, self.head, images, labels, self.num_classes, self.preprocessing, method=self.method
+            )
+
+    def settle(self, start: _Start) -> HeadSolution:
+        """Put the model into a start's state, with a head that is solved on all images."""
+        _restore(self.model, start.state)
+        every = torch.arange(len(self.labels))
+        return start.head if len(self.judges) == len(every) else self.solve(every)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        started = perf_counter()
+        yield
+        self.seconds[part] += perf_counter() - started
 
 
 def _judges(labels: Tensor, num_classes: int, seed: int) -> Tensor:
@@ -142,13 +167,6 @@ def _judges(labels: Tensor, num_classes: int, seed: int) -> Tensor:
 def _worth(start: _Start) -> tuple[float, bool, bool]:
     loss = 0.0 if start.head.loss is None else start.head.loss
     return loss, not start.reconstructed, start.norms > 0
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    start = perf_counter()
-    yield
-    seconds[part] += perf_counter() - start
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from kinprune.cli.adapt import adapt_command, kin_command
+from kinprune.cli.adapt import adapt_command
 from kinprune.cli.bank import bank_app
 from kinprune.cli.help import Sectioned
+from kinprune.cli.kin import kin_command
+from kinprune.cli.overlap import overlap_command
 from kinprune.cli.prune import prune_command
 from kinprune.cli.units import units_command
 from kinprune.cli.use import eval_command, export_command, predict_command
@@ -25,6 +27,7 @@ app = typer.Typer(
 app.add_typer(bank_app)
 app.command("adapt", cls=Sectioned)(adapt_command)
 app.command("kin", cls=Sectioned)(kin_command)
+app.command("overlap", cls=Sectioned)(overlap_command)
 app.command("units", cls=Sectioned)(units_command)
 app.command("prune", cls=Sectioned)(prune_command)
 app.command("eval", cls=Sectioned)(eval_command)

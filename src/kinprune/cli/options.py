@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kinprune.cli.values import between, three, whole
+
+if TYPE_CHECKING:
+    from kinprune.tasks import Task
 
 SECTIONS = DATA, MODEL, KIN, BUDGET, PRUNING, TRAINING, RUNNING = (
     "Data",
@@ -187,3 +190,27 @@ Tolerance = Annotated[
 def chosen_classes(text: str | None) -> list[str] | None:
     """``a,b,c`` as a list, without empty names."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def load_data(
+    data: str,
+    classes: str | None,
+    shots: int | None,
+    test_fraction: float,
+    *,
+    image_column: str | None,
+    label_column: str | None,
+    seed: int,
+) -> Task:
+    """The task that the options of the section Data ask for, not yet decoded."""
+    from kinprune.tasks import load_task
+
+    return load_task(
+        data,
+        classes=chosen_classes(classes),
+        shots=shots,
+        test_fraction=test_fraction,
+        seed=seed,
+        image_column=image_column,
+        label_column=label_column,
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -36,3 +38,24 @@ def count(value: float) -> str:
 def size(value: float) -> str:
     """Bytes for people: 4.62 MB."""
     return f"{count(value)}B" if value >= 999.5 else f"{value:.0f} B"
+
+
+@contextmanager
+def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar of the stage under way, on standard error, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
+    shown = Console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("units", total=None, done="")
+
+        def on_step(stage: str, step: int, steps: int) -> None:
+            nonlocal bar
+            if step == 0:
+                progress.remove_task(bar)
+                bar = progress.add_task(stage, total=steps or None, done="")
+            progress.update(bar, completed=step, done=f"{step}/{steps}" if steps else "")
+
+        yield on_step

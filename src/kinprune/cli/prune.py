@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kinprune.cli import options as shared
 from kinprune.cli import prune_options as own
-from kinprune.cli.output import console, count, say, size
+from kinprune.cli.output import console, count, say, size, stage_bar
 from kinprune.cli.running import begin, guarded
-from kinprune.cli.values import Limit
+from kinprune.cli.values import Limit, word
 from kinprune.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -65,18 +63,9 @@ def prune_command(
 
     Ctrl-C while fine-tuning keeps the best model so far and saves it; before that nothing is written.
     """
-    limits = {
-        "parameters": max_params,
-        "macs": max_macs,
-        "weight_bytes": max_weights,
-        "peak_memory_bytes": max_memory,
-    }
-    given = {name: wanted for name, wanted in limits.items() if wanted is not None}
+    given = own.limits_of(max_params, max_macs, max_weights, max_memory)
     if keep is None and not given:
-        raise BudgetError(
-            "no budget was given, expected one or more of --keep 0.1, --max-params 1.5M, --max-macs 200M, "
-            "--max-weights 4MB, --max-memory 8MB"
-        )
+        raise BudgetError(own.no_budget("--keep 0.1"))
     begin(device, threads)
     from kinprune.artifact import check_destination, save
     from kinprune.backbones import load_backbone
@@ -84,40 +73,26 @@ def prune_command(
     from kinprune.delivery import artifact_of, summarise
     from kinprune.pruning import Plan, prune, unit_space
     from kinprune.selection import Budget
-    from kinprune.tasks import decode, load_task
-    from kinprune.training import Recipe
+    from kinprune.tasks import decode
 
     check_destination(out, overwrite=overwrite)
     check_name(model)
-    recipe = Recipe(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        optimiser=_word(optimiser),
-        flip=flip,
-        seed=seed,
-    )
+    recipe = own.recipe_of(steps, batch_size, learning_rate=learning_rate, optimiser=optimiser, flip=flip, seed=seed)
     # Limits in per cent need the model: all else is refused before the data are looked at.
     plan = Plan(
         Budget(keep=keep or 1),
-        criterion=_word(method),
+        criterion=word(method),
         rounds=rounds,
         round_steps=round_steps,
-        allocation=_word(allocation),
+        allocation=word(allocation),
         multiple=multiple,
         stream=stream,
         reconstruct=reconstruct,
-        head=_word(head),
+        head=word(head),
         recipe=recipe,
     )
-    task = load_task(
-        data,
-        classes=shared.chosen_classes(classes),
-        shots=shots,
-        test_fraction=test_fraction,
-        seed=seed,
-        image_column=image_column,
-        label_column=label_column,
+    task = shared.load_data(
+        data, classes, shots, test_fraction, image_column=image_column, label_column=label_column, seed=seed
     )
     backbone = load_backbone(
         model,
@@ -145,41 +120,12 @@ def prune_command(
     return None
 
 
-def _word(text: str) -> Any:
-    """A word that the library checks against its own list."""
-    return text
-
-
 def _limited(plan: Plan, backbone: Backbone, keep: float | None, given: dict[str, Limit]) -> Plan:
     """The plan with its limits in numbers: those in per cent are shares of the backbone's costs."""
-    from kinprune.selection import Budget
     from kinprune.units import find_units
 
     space = find_units(backbone.model, backbone.preprocessing.image_size, stream=plan.stream, head=backbone.head)
-    costs = space.cost(space.whole_mask())
-    limits = {name: wanted.of(getattr(costs, name)) for name, wanted in given.items()}
-    return replace(plan, budget=Budget(keep=keep, **limits))
-
-
-@contextmanager
-def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar of the stage under way, on standard error, on a terminal only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
-    shown = Console(stderr=True)
-    with Progress(*columns, console=shown, transient=True, disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("units", total=None, done="")
-
-        def on_step(stage: str, step: int, steps: int) -> None:
-            nonlocal bar
-            if step == 0:
-                progress.remove_task(bar)
-                bar = progress.add_task(stage, total=steps or None, done="")
-            progress.update(bar, completed=step, done=f"{step}/{steps}" if steps else "")
-
-        yield on_step
+    return replace(plan, budget=own.budget_of(keep, given, space.cost(space.whole_mask())))
 
 
 def _print(summary: dict[str, Any]) -> None:

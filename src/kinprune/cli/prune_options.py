@@ -1,15 +1,21 @@
-"""The options of ``kinprune prune`` alone."""
+"""The options of ``kinprune prune``: budget, pruning, fine-tuning; ``kinprune adapt`` shares most of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kinprune.cli.options import BUDGET, PRUNING, RUNNING, TRAINING
-from kinprune.cli.values import Limit, between, limit, share, whole
+from kinprune.cli.values import Limit, between, limit, share, whole, word
+
+if TYPE_CHECKING:
+    from kinprune.selection import Budget
+    from kinprune.training import Recipe
+    from kinprune.units import Costs
 
 Data = Annotated[
     str,
@@ -181,3 +187,47 @@ Flip = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", rich_help_panel=RUNNING, help="Replace an artifact that is in --out already.")
 ]
+
+
+def limits_of(
+    max_params: Limit | None, max_macs: Limit | None, max_weights: Limit | None, max_memory: Limit | None
+) -> dict[str, Limit]:
+    """The limits that were given, by their names in ``Budget``."""
+    limits = {
+        "parameters": max_params,
+        "macs": max_macs,
+        "weight_bytes": max_weights,
+        "peak_memory_bytes": max_memory,
+    }
+    return {name: wanted for name, wanted in limits.items() if wanted is not None}
+
+
+def no_budget(shares: str) -> str:
+    """What to say where no budget was given; ``shares`` shows the command's options for keep ratios."""
+    return (
+        f"no budget was given, expected one or more of {shares}, --max-params 1.5M, --max-macs 200M, "
+        "--max-weights 4MB, --max-memory 8MB"
+    )
+
+
+def budget_of(keep: float | None, given: Mapping[str, Limit], whole: Costs) -> Budget:
+    """The budget in numbers: limits in per cent are shares of the ``whole`` model's costs."""
+    from kinprune.selection import Budget
+
+    return Budget(keep=keep, **{name: wanted.of(getattr(whole, name)) for name, wanted in given.items()})
+
+
+def recipe_of(
+    steps: int, batch_size: int, *, learning_rate: float | None, optimiser: str, flip: bool, seed: int
+) -> Recipe:
+    """What the options of the section Fine-tuning ask for."""
+    from kinprune.training import Recipe
+
+    return Recipe(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        optimiser=word(optimiser),
+        flip=flip,
+        seed=seed,
+    )

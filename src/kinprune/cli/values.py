@@ -102,3 +102,8 @@ def limit(unit: Literal["count", "bytes"]) -> Callable[[Any], Limit]:
         return Limit(amount, percent)
 
     return parse
+
+
+def word(text: str) -> Any:
+    """A word of a fixed list, which the library checks: as what the library takes, for the type checker."""
+    return text

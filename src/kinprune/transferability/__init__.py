@@ -5,7 +5,8 @@ Each source task is a linear probe on the same features, so that all of them are
 
 from __future__ import annotations
 
-from kinprune.transferability.inputs import Sources, Target, TransferabilityError, sample
+from kinprune.errors import TransferabilityError
+from kinprune.transferability.inputs import Sources, Target, sample
 from kinprune.transferability.measures import MEASURES, Measure, nearest, register, transferability
 
 __all__ = [

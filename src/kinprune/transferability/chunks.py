@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kinprune.transferability.inputs import Features, Labels, Scores, Sources, Target, TransferabilityError
+from kinprune.errors import TransferabilityError
+from kinprune.transferability.inputs import Features, Labels, Scores, Sources, Target
 
 CHUNK = 8_000_000
 """How many float32 numbers of probes, or of logits, there are at one time at most (one task's own are the least)."""

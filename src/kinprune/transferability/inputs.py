@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kinprune.errors import KinpruneError
+from kinprune.errors import TransferabilityError
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Scores = NDArray[np.float64]
-
-
-class TransferabilityError(KinpruneError):
-    """Source tasks cannot be compared with a target task."""
 
 
 @dataclass(frozen=True, eq=False)

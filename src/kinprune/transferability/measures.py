@@ -9,8 +9,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from kinprune.errors import TransferabilityError
 from kinprune.transferability.chunks import Kernel, score_logits
-from kinprune.transferability.inputs import Scores, Sources, Target, TransferabilityError, sample
+from kinprune.transferability.inputs import Scores, Sources, Target, sample
 from kinprune.transferability.probabilities import leep, n_leep, nce
 from kinprune.transferability.prototypes import class_mean
 from kinprune.transferability.representations import h_score, logme

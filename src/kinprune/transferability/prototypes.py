@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kinprune.errors import TransferabilityError
 from kinprune.transferability.chunks import converted
-from kinprune.transferability.inputs import Scores, Sources, Target, TransferabilityError
+from kinprune.transferability.inputs import Scores, Sources, Target
 
 
 def class_mean(target: Target, sources: Sources) -> Scores:
