@@ -1,0 +1,8 @@
+"""The report of an adaptation: one HTML file that a person reads, with nothing outside it."""
+
+from __future__ import annotations
+
+from kinprune.report.inputs import ReportError
+from kinprune.report.page import render_report, write_report
+
+__all__ = ["ReportError", "render_report", "write_report"]

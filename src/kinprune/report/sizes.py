@@ -1,0 +1,168 @@
+"""The sizes of an adaptation as rows: what was asked of each, what it came to, and what it kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from kinprune.adaptation import Adapted, Sized
+from kinprune.report import numbers
+from kinprune.selection import Budget
+from kinprune.units import Costs
+
+FIGURES = {
+    "parameters": ("parameters", numbers.count),
+    "macs": ("MACs", numbers.count),
+    "weight_bytes": ("of weights", numbers.byte_count),
+    "peak_memory_bytes": ("of peak memory", numbers.byte_count),
+}
+"""The costs that are shown: what they are called after a number, and how they are written."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number: exact, as people read it, and its share of the whole model's."""
+
+    value: float
+    text: str
+    share: float
+    share_text: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit of a size's budget: how much was asked for, how much it came to, and whether that is within it."""
+
+    text: str
+    reached: Figure
+    met: bool
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """One model. ``costs`` are in the order of ``FIGURES``; ``colour`` is the size's in every chart."""
+
+    name: str
+    colour: int
+    accuracy_start: float
+    accuracy: float
+    difference: str
+    costs: tuple[Figure, ...]
+    latency: Figure | None
+    limits: tuple[Limit, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One layer's units, and how many of them each size kept."""
+
+    name: str
+    kind: str
+    size: int
+    kept: tuple[Figure, ...]
+
+
+def size_name(budget: Budget) -> str:
+    """A size in a few words, from its budget: ``10% of units, 1.5 M parameters``."""
+    asked = [] if budget.keep is None else [f"{numbers.ratio(budget.keep)} of units"]
+    return ", ".join([*asked, *(_amount(name, limit) for name, limit in budget.limits().items())])
+
+
+def size_rows(adapted: Adapted, latencies: Sequence[float | None] | None = None) -> tuple[SizeRow, ...]:
+    """A row for every size, in the order they were asked for."""
+    times = [None] * (len(adapted.sizes) + 1) if latencies is None else list(latencies)
+    names = [size_name(sized.budget) for sized in adapted.sizes]
+    names = [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
+    return tuple(
+        SizeRow(
+            name=name,
+            colour=colour,
+            accuracy_start=sized.start.accuracy,
+            accuracy=sized.final.accuracy,
+            difference=numbers.points(sized.final.accuracy - adapted.dense.accuracy),
+            costs=figures(sized.selection.costs, adapted.whole),
+            latency=_latency(times[1 + colour], times[0]),
+            limits=_limits(adapted, sized),
+            notes=_notes(adapted, sized),
+        )
+        for colour, (name, sized) in enumerate(zip(names, adapted.sizes, strict=True))
+    )
+
+
+def group_rows(adapted: Adapted) -> tuple[GroupRow, ...]:
+    """A row for every group of units, in forward order."""
+    counts = [adapted.space.counts(sized.selection.mask.kept).tolist() for sized in adapted.sizes]
+    return tuple(
+        GroupRow(
+            group.name,
+            group.kind,
+            group.size,
+            tuple(_figure(kept, group.size, str(kept)) for kept in of_group),
+        )
+        for group, *of_group in zip(adapted.space.groups, *counts, strict=True)
+    )
+
+
+def figures(costs: Costs, whole: Costs) -> tuple[Figure, ...]:
+    """Costs beside those of the whole model."""
+    have, all_of = asdict(costs), asdict(whole)
+    return tuple(_figure(have[name], all_of[name], form(have[name])) for name, (_, form) in FIGURES.items())
+
+
+def smallest(adapted: Adapted) -> int:
+    """The place of the size with the fewest parameters; the first of equals."""
+    return min(range(len(adapted.sizes)), key=lambda place: adapted.sizes[place].selection.costs.parameters)
+
+
+def latency_of(value: float | None) -> Figure | None:
+    """The time of the whole model."""
+    return _latency(value, value)
+
+
+def _latency(value: float | None, whole: float | None) -> Figure | None:
+    if value is None:
+        return None
+    text = numbers.milliseconds(value)
+    return Figure(value, text, 0.0, "") if whole is None else _figure(value, whole, text)
+
+
+def _figure(value: float, whole: float, text: str) -> Figure:
+    share = value / whole
+    return Figure(value, text, share, numbers.round_percent(share))
+
+
+def _amount(name: str, value: float) -> str:
+    noun, form = FIGURES[name]
+    return f"{form(value)} {noun}"
+
+
+def _limits(adapted: Adapted, sized: Sized) -> tuple[Limit, ...]:
+    """A reached figure's share is that of its limit."""
+    limits = []
+    keep = sized.budget.keep
+    if keep is not None:
+        kept, units = sized.selection.costs.units, adapted.whole.units
+        reached = Figure(kept, f"{kept:,} of {units:,} units", kept / units / keep, numbers.percent(kept / units))
+        limits.append(Limit(f"{numbers.ratio(keep)} of units", reached, kept <= units * keep + 1e-9 * units))
+    costs = asdict(sized.selection.costs)
+    for name, limit in sized.budget.limits().items():
+        # To the last digit: rounded, a reached 1,499,990 and an asked 1,500,000 would look the same.
+        noun = "bytes " + FIGURES[name][0] if name.endswith("bytes") else FIGURES[name][0]
+        share = costs[name] / limit
+        reached = Figure(costs[name], f"{costs[name]:,} {noun}", share, f"{numbers.round_percent(share)} of it")
+        limits.append(Limit(f"{limit:,} {noun}", reached, costs[name] <= limit))
+    return tuple(limits)
+
+
+def _notes(adapted: Adapted, sized: Sized) -> tuple[str, ...]:
+    notes = [] if sized.selection.note is None else [f"{sized.selection.note}."]
+    limits = _limits(adapted, sized)
+    if sized.budget.keep is not None and not limits[0].met:
+        notes.append("More units than asked for: every layer keeps at least one, or one block of a rounded width.")
+    training = sized.training
+    if training.stopped:
+        notes.append(f"Fine-tuning was stopped after step {len(training.losses)}; the best state until then was kept.")
+    if training.losses and training.best_step == 0:
+        notes.append("No step of the fine-tuning was better than the closed form, which was kept.")
+    return tuple(notes)
