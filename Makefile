@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format clean
+.PHONY: help install demo test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+demo: $(STAMP) ## adapt a model to photos it has not seen, at three sizes, in about a minute: models and a report in demo/
+	$(BIN)/kinprune adapt starter/photos --bank starter/bank.db --neighbours 4 --sizes 0.5,0.2,0.1 --steps 30 --out demo --overwrite
 
 test: $(STAMP) ## run the tests (ARGS="tests/unit -k name" for some of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
@@ -31,5 +34,5 @@ format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and all that was built
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

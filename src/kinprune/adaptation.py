@@ -97,8 +97,8 @@ class Sized:
 class Adapted:
     """What adapting gave: a model for each budget, and who they were learnt from.
 
-    ``weights`` says how much each of the ``neighbours`` counted. ``dense`` is the whole model with a closed-form head.
-    ``seconds`` is by stage.
+    ``weights`` says how much each of the ``neighbours`` counted. ``whole_model`` is the backbone with a closed-form
+    head, ``dense`` what it answers on the test images and ``whole`` its costs. ``seconds`` is by stage.
     """
 
     sizes: tuple[Sized, ...]
@@ -109,6 +109,7 @@ class Adapted:
     neighbours: tuple[Neighbour, ...]
     weights: tuple[float, ...]
     probe: Probe
+    whole_model: nn.Module
     dense: Evaluation
     seconds: dict[str, float]
 
@@ -154,7 +155,19 @@ def adapt(
     )
     whole = work.space.cost(work.space.whole_mask())
     kin, shares = tuple(neighbours), tuple(weights)
-    return Adapted(sizes, plan, work.backbone, work.space, whole, kin, shares, work.probe, dense, work.seconds)
+    return Adapted(
+        sizes,
+        plan,
+        work.backbone,
+        work.space,
+        whole,
+        kin,
+        shares,
+        work.probe,
+        work.dense,
+        dense,
+        work.seconds,
+    )
 
 
 def check_budgets(space: UnitSpace, budgets: Sequence[Budget], plan: AdaptPlan) -> None:
@@ -263,6 +276,7 @@ class _Work:
                 self.task.preprocessing,
                 head=self.backbone.head,
                 reconstruct=self.plan.reconstruct,
+                trained=bool(donors),
                 method=self.plan.head,
                 seed=self.plan.recipe.seed,
             )

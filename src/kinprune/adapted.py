@@ -1,13 +1,17 @@
-"""From adapted models to the artifacts that leave the house, and to what a script wants to know of them."""
+"""From adapted models to the artifacts that leave the house, to records that a bank takes, and to summaries."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from kinprune.adaptation import Adapted, Sized
 from kinprune.artifact import Artifact
+from kinprune.bank import Accuracy, Record, record_key
 from kinprune.delivery import METRICS, make_artifact, plain, versions
+from kinprune.importance import Scores, normalise, rank
 from kinprune.kin import Neighbour
 from kinprune.tasks import DecodedTask
 
@@ -25,6 +29,49 @@ def adapted_artifact(adapted: Adapted, sized: Sized, task: DecodedTask) -> Artif
         metrics={key: summary[key] for key in METRICS},
         provenance={"plan": plain(asdict(adapted.plan)), "neighbours": summarise_kin(adapted)},
     )
+
+
+def adapted_record(adapted: Adapted, sized: Sized, task: DecodedTask) -> Record:
+    """What one size taught of its task, as a record for a bank of the same backbone (``kinprune bank add``).
+
+    The ranking has the kept units first, each part in the ballot's order. ``details["adapted"]`` tells such a record
+    from one that was pruned from scratch. Its key is that of the task, plan and budget: adapting again with the same,
+    from a larger bank even, gives the same key.
+    """
+    space, ballot, kept = adapted.space, sized.ballot, sized.selection.mask.kept
+    plan = plain({**asdict(adapted.plan), "budget": asdict(sized.budget)})
+    return Record(
+        key=record_key(task.digest, {"adapted": plan}),
+        name=task.name,
+        classes=task.classes,
+        ranking=rank(space, kept.astype(np.float64), (ballot.scores, *ballot.ties)),
+        scores=np.clip(_soft_scores(adapted, sized), -65_504, 65_504).astype(np.float16),
+        mask=sized.selection.mask,
+        probe=adapted.probe,
+        accuracy=Accuracy(adapted.dense.accuracy, sized.start.accuracy, sized.final.accuracy),
+        tensors=sized.model.state_dict(),
+        details={
+            "data": task.name,
+            "task_digest": task.digest,
+            "images": {"train": len(task.train), "test": len(task.test)},
+            "plan": plan,
+            "adapted": True,
+            "neighbours": [neighbour.entry.key for neighbour in adapted.neighbours],
+            "seconds": dict(adapted.seconds),
+            "versions": versions(),
+        },
+    )
+
+
+def _soft_scores(adapted: Adapted, sized: Sized) -> Scores:
+    """The ballot's scores normalised by group, as a score mask averages them (``voting.ballot_smsp``).
+
+    Bare votes (MVP without a blend) are shares of neighbours, most of them 0 or 1, that say nothing of how important
+    a unit is: the neighbours' mean soft scores, which break the votes' ties, stand for them.
+    """
+    ballot, plan = sized.ballot, adapted.plan
+    bare = plan.method == "mvp" and plan.blend == 0
+    return normalise(adapted.space, ballot.ties[0] if bare else ballot.scores, plan.normalisation)
 
 
 def summarise_adapted(adapted: Adapted) -> dict[str, Any]:

@@ -194,12 +194,14 @@ def repair(
     *,
     head: str,
     reconstruct: bool = True,
+    trained: bool = False,
     method: HeadMethod = "ridge",
     seed: int = 0,
 ) -> ClosedForm:
     """Bring ``small``, cut from ``whole`` by ``mask``, to its closed-form start on a split; see ``closed_form``.
 
-    The classes are those that ``whole`` answers.
+    The classes are those that ``whole`` answers. ``trained`` says that the weights were trained after they were cut:
+    their batch norms are counted again, for the whole model's statistics are no longer their aim.
     """
     return closed_form(
         small,
@@ -210,7 +212,7 @@ def repair(
         preprocessing,
         dense=whole,
         layers=_layers(space, mask, whole) if reconstruct else (),
-        channels=_channels(space, mask),
+        channels=None if trained else _channels(space, mask),
         method=method,
         seed=seed,
     )

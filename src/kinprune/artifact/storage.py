@@ -23,8 +23,8 @@ from kinprune.errors import ArtifactError, BackboneError
 from kinprune.evaluation import device_of, eval_mode
 
 TENSORS, DESCRIPTION, README = "model.safetensors", "kinprune.json", "README.md"
-EXPORTED = "model.onnx"
-"""What an export puts beside the model; it is of the old model, so it goes when that is overwritten."""
+EXPORTED, REPORT, RECORD = "model.onnx", "report.html", "record.safetensors"
+"""What others put beside the model; it is of the old model, so it goes when that is overwritten."""
 AGREEMENT = 1e-3
 """Of the greatest logit. What is wrong is far above; another memory format or device is far below."""
 _AS_MADE = "give the model that extract made, its backbone's spec and the attributes of attributes_of"
@@ -45,7 +45,7 @@ def check_destination(directory: str | Path, *, overwrite: bool = False) -> None
         raise ArtifactError(f"{target} has files in it and is no artifact: choose a new or empty directory")
     if names and not overwrite:
         raise ArtifactError(f"{target} already holds an artifact: choose another directory, or --overwrite it")
-    others = sorted(names - {TENSORS, DESCRIPTION, README, EXPORTED})
+    others = sorted(names - {TENSORS, DESCRIPTION, README, EXPORTED, REPORT, RECORD})
     if others:  # they would go with the directory
         raise ArtifactError(
             f"{target} holds more than an artifact ({', '.join(others[:3])}): move that elsewhere first"

@@ -1,5 +1,6 @@
 """The bank: what pruning one backbone for earlier tasks taught, kept where many can use it."""
 
+from kinprune.bank.exchange import read_record, write_record
 from kinprune.bank.merging import merge
 from kinprune.bank.migrating import upgrade_bank
 from kinprune.bank.record import Accuracy, Entry, Header, Record, check_backbone, check_space, record_key
@@ -22,7 +23,9 @@ __all__ = [
     "create_bank",
     "merge",
     "open_bank",
+    "read_record",
     "record_key",
     "upgrade_bank",
     "verify",
+    "write_record",
 ]

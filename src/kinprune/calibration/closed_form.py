@@ -17,8 +17,10 @@ from kinprune.calibration.residual import ReconstructionLayer
 from kinprune.calibration.statistics import match_batch_norm
 from kinprune.preprocessing import Preprocessing
 
-JUDGES = 512
+JUDGES = 256
 """How many images starts are compared on."""
+LEAST_JUDGES = 8
+"""Images of a class below which all of them both make the starts and judge them."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,24 @@ def closed_form(
     ``layers`` are reconstructed towards ``dense`` where both are given. Batch norm is matched to ``dense`` where that
     is given with ``channels`` (see ``match_batch_norm``), else counted again. Neither serves every task, so each is
     done and left out in turn and the start of lowest leave-one-out cross-entropy of its head stays; where there is
-    none (one image a class), that is the reconstructed one with the statistics it had. The starts are compared on
-    about ``JUDGES`` of the images, the same number of each class; the head that stays is solved on all.
-    ``images`` are uint8 ``[n, 3, h, w]`` and ``labels`` int64 ``[n]``: leave out those that are to guard a
-    fine-tuning. The leave-one-out figures know nothing of the images' part in the reconstruction, and flatter it a
-    little. Works in place.
+    none (one image a class), that is the reconstructed one with the statistics it had. Up to half of the images, about
+    ``JUDGES`` and the same number of each class, only judge: a reconstruction makes the features of its own images
+    look better than they are. Where a class has fewer than twice ``LEAST_JUDGES``, there are too few for that, and
+    all images do both. The head that stays is solved on all. ``images`` are uint8 ``[n, 3, h, w]`` and ``labels``
+    int64 ``[n]``: leave out those that are to guard a fine-tuning. Works in place.
     """
-    judges = _judges(labels, num_classes, seed)
-    trial = _Trial(model, head, images, labels, num_classes, preprocessing, dense, channels, method, seed, judges)
+    judges, builders = _parts(labels, num_classes, seed)
+    made_of = images[builders]
+    trial = _Trial(
+        model, head, images, labels, num_classes, preprocessing, dense, channels, method, seed, judges, made_of
+    )
     solved: tuple[LayerReconstruction, ...] = ()
     original = _state(model)
     starts = trial.starts(reconstructed=False)
     if dense is not None and layers:
         _restore(model, original)
         with trial.timed("reconstruction"):
-            solved = reconstruct(model, dense, layers, images, preprocessing, seed=seed)
+            solved = reconstruct(model, dense, layers, made_of, preprocessing, seed=seed)
         starts += trial.starts(reconstructed=True)
     best = min(starts, key=_worth)
     trainable = None
@@ -105,7 +110,7 @@ def closed_form(
 
 @dataclass(eq=False)
 class _Trial:
-    """The starts of one model, tried in turn on the ``judges`` among its images."""
+    """The starts of one model, made of the images ``made_of`` and tried on those at ``judges``."""
 
     model: nn.Module
     head: str
@@ -118,6 +123,7 @@ class _Trial:
     method: HeadMethod
     seed: int
     judges: Tensor
+    made_of: Tensor
     seconds: dict[str, float] = field(default_factory=lambda: {"reconstruction": 0.0, "batch_norm": 0.0, "head": 0.0})
 
     def starts(self, *, reconstructed: bool) -> list[_Start]:
@@ -131,9 +137,9 @@ class _Trial:
     def repair_batch_norm(self) -> int:
         with self.timed("batch_norm"):
             if self.dense is None or self.channels is None:
-                return reestimate_batch_norm(self.model, self.images, self.preprocessing, seed=self.seed)
+                return reestimate_batch_norm(self.model, self.made_of, self.preprocessing, seed=self.seed)
             return match_batch_norm(
-                self.model, self.dense, self.channels, self.images, self.preprocessing, seed=self.seed
+                self.model, self.dense, self.channels, self.made_of, self.preprocessing, seed=self.seed
             )
 
     def solve(self, chosen: Tensor) -> HeadSolution:
@@ -156,12 +162,18 @@ class _Trial:
         self.seconds[part] += perf_counter() - started
 
 
-def _judges(labels: Tensor, num_classes: int, seed: int) -> Tensor:
-    """Indices of up to about ``JUDGES`` images, drawn with ``seed``, as nearly as can be the same number a class."""
+def _parts(labels: Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images that judge and of those that starts are made of, drawn with ``seed``; see above."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    most = max(2, -(-JUDGES // num_classes))
-    chosen = [order[labels[order] == label][:most] for label in range(num_classes)]
-    return torch.cat(chosen).sort().values
+    by_class = [order[labels[order] == label] for label in range(num_classes)]
+    if min(map(len, by_class)) < 2 * LEAST_JUDGES:
+        every = torch.arange(len(labels))
+        return every, every
+    most = max(LEAST_JUDGES, -(-JUDGES // num_classes))
+    counts = [min(most, len(images) // 2) for images in by_class]
+    judges = [images[:count] for images, count in zip(by_class, counts, strict=True)]
+    builders = [images[count:] for images, count in zip(by_class, counts, strict=True)]
+    return torch.cat(judges).sort().values, torch.cat(builders).sort().values
 
 
 def _worth(start: _Start) -> tuple[float, bool, bool]:

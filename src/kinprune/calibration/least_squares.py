@@ -92,7 +92,7 @@ def _fit(moments: Moments, ridge: float, intercept: bool) -> tuple[Tensor, Tenso
         xy = xy - moments.count * torch.outer(mean_x, mean_y)
     # Rounding may leave a constant input a variance just below 0: a floor keeps the matrix positive definite.
     floor = 1e-12 * float(moments.xx.diagonal().mean())
-    penalty = max(ridge * float(xx.diagonal().mean()), floor)
+    penalty = max(ridge * float(xx.diagonal().mean()), floor) or 1.0  # inputs that are all 0: so are the coefficients
     factor = torch.linalg.cholesky(xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
     coefficients = torch.cholesky_solve(xy, factor)
     offset = mean_y - mean_x @ coefficients if intercept else torch.zeros_like(mean_y)

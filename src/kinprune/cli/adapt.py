@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from kinprune.cli import kin_options as own
@@ -48,7 +47,7 @@ def adapt_command(
     learning_rate: pruning.LearningRate = None,
     optimiser: pruning.Optimiser = "auto",
     flip: pruning.Flip = False,
-    onnx: own.Onnx = False,
+    onnx: own.Onnx = None,
     overwrite: pruning.Overwrite = False,
     json: shared.Json = False,
     seed: shared.Seed = 0,
@@ -60,23 +59,20 @@ def adapt_command(
     Ctrl-C while fine-tuning keeps the best model so far and saves it; before that nothing is written.
     """
     given = pruning.limits_of(max_params, max_macs, max_weights, max_memory)
-    ratios = own.sizes_of(sizes) if sizes is not None else [keep]
-    if sizes is not None and keep is not None:
+    ratios = None if sizes is None else own.sizes_of(sizes)
+    if ratios is not None and keep is not None:
         raise BudgetError("both --keep and --sizes are given, expected one of them")
-    if ratios == [None] and not given:
+    if ratios is None and keep is None and not given:
         raise BudgetError(pruning.no_budget("--keep 0.1, --sizes 0.5,0.2,0.1"))
     begin(device, threads)
     from kinprune.adaptation import AdaptPlan, adapt, check_budgets
-    from kinprune.adapted import adapted_artifact, summarise_adapted
-    from kinprune.artifact import check_destination, save
     from kinprune.bank import open_bank
     from kinprune.bank.backbone import bank_space, load_bank_backbone
+    from kinprune.publishing import plan_destination, publish
     from kinprune.tasks import decode
     from kinprune.voting import TEMPERATURE
 
-    folders = [out] if sizes is None else [out / f"keep-{ratio:g}" for ratio in ratios]
-    for folder in folders:
-        check_destination(folder, overwrite=overwrite)
+    destination = plan_destination(out, ratios, overwrite=overwrite, onnx=onnx)
     recipe = pruning.recipe_of(
         steps, batch_size, learning_rate=learning_rate, optimiser=optimiser, flip=flip, seed=seed
     )
@@ -99,19 +95,14 @@ def adapt_command(
     )
     backbone = load_bank_backbone(opened, len(task.classes), seed=seed)
     space = bank_space(opened, backbone)
-    budgets = [pruning.budget_of(ratio, given, space.cost(space.whole_mask())) for ratio in ratios]
+    budgets = [pruning.budget_of(ratio, given, space.cost(space.whole_mask())) for ratio in (ratios or (keep,))]
     check_budgets(space, budgets, plan)
     say(f"{task.name}: {len(task.train):,} training and {len(task.test):,} test images of {len(task.classes)} classes")
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
     with stage_bar() as on_step:
         adapted = adapt(decoded, opened, budgets, plan, backbone=backbone, space=space, device=device, on_step=on_step)
-    for folder, sized in zip(folders, adapted.sizes, strict=True):
-        artifact = adapted_artifact(adapted, sized, decoded)
-        save(artifact, folder, overwrite=overwrite)
-        if onnx:
-            _export(folder)
-    names = [str(folder) for folder in folders]
-    summary = {"out": names, "task": task.name, "bank": len(opened), **summarise_adapted(adapted)}
+        published = publish(adapted, decoded, opened.header, destination, on_stage=lambda name: on_step(name, 0, 0))
+    summary = {"task": task.name, "bank": len(opened), **published}
     if json:
         return summary
     print_kin(summary["neighbours"], measure)
@@ -119,30 +110,24 @@ def adapt_command(
     return None
 
 
-def _export(folder: Path) -> None:
-    from kinprune.artifact import load
-    from kinprune.artifact.storage import EXPORTED
-    from kinprune.devices import export_onnx
-
-    export_onnx(load(folder), folder / EXPORTED)
-
-
 def _print_sizes(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
+    timed = "latency_ms" in summary
     table = Table()
     table.add_column("", no_wrap=True)
-    for name in ("closed form", "fine-tuned", "parameters", "MACs", "weights"):
+    for name in ("closed form", "fine-tuned", "parameters", "MACs", "weights", *(["ONNX Runtime"] if timed else [])):
         table.add_column(name, justify="right", no_wrap=True)
 
-    def cells(costs: dict[str, int]) -> tuple[str, str, str]:
-        return count(costs["parameters"]), count(costs["macs"]), size(costs["weight_bytes"])
+    def cells(costs: dict[str, int], row: dict[str, Any]) -> tuple[str, ...]:
+        latency = [f"{row['latency_ms']:.2f} ms"] if timed else []
+        return count(costs["parameters"]), count(costs["macs"]), size(costs["weight_bytes"]), *latency
 
-    table.add_row("whole model", f"{summary['accuracy_dense']:.1%}", "", *cells(summary["whole"]))
+    table.add_row("whole model", f"{summary['accuracy_dense']:.1%}", "", *cells(summary["whole"], summary))
     for sized in summary["sizes"]:
         accuracy = f"{sized['accuracy_closed_form']:.1%}", f"{sized['accuracy']:.1%}"
         name = f"keep {sized['budget']['keep']:g}" if "keep" in sized["budget"] else "pruned"
-        table.add_row(name, *accuracy, *cells(sized["costs"]))
+        table.add_row(name, *accuracy, *cells(sized["costs"], sized))
     shown = console()
     shown.print(table)
     for sized in summary["sizes"]:
@@ -152,3 +137,4 @@ def _print_sizes(summary: dict[str, Any]) -> None:
     shown.print(f"Took {sum(summary['seconds'].values()):.1f} s: {seconds}.")
     for folder in summary["out"]:
         shown.print(f"Saved to {folder}", soft_wrap=True)
+    shown.print(f"Report: {summary['report']}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``kinprune bank build`` and ``add``: source tasks are pruned from scratch and go into a bank."""
+"""``kinprune bank build`` and ``add``: source tasks are pruned from scratch, or were adapted, and go into a bank."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kinprune.cli import bank_options as own
 from kinprune.cli import options as shared
+from kinprune.cli.bank_add import TaskOrRecord, add_record, record_file, refuse_options
 from kinprune.cli.bank_progress import shown_progress
 from kinprune.cli.output import console, say
 from kinprune.cli.prune_options import Flip
@@ -103,7 +104,8 @@ def build_command(
 
 @guarded
 def add_command(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled images, as for build: one source task.")],
+    context: typer.Context,
+    data: TaskOrRecord,
     bank: own.Address,
     classes: shared.Classes = None,
     shots: shared.Shots = None,
@@ -136,7 +138,14 @@ def add_command(
     device: shared.Device = "cpu",
     threads: shared.Threads = None,
 ) -> dict[str, Any] | None:
-    """Add one whole task to a bank: the model is pruned for it from scratch, and what was learned is kept."""
+    """Add one whole task to a bank: the model is pruned for it from scratch, and what was learned is kept.
+
+    Where DATA is what kinprune adapt wrote, nothing is pruned: an existing bank of the same model learns from it.
+    """
+    record = record_file(data)
+    if record is not None:
+        refuse_options(context, record)
+        return _report(_add_record(record, bank), json)
     begin(device, threads)
     plan = own.plan_of(
         keep=keep,
@@ -327,6 +336,16 @@ def _build(bank: Bank, sources: Sequence[Source], plan: Plan, workers: int, devi
             say(kept_text(bank))
         raise
     return _summary(bank, built, done, time.perf_counter() - started)
+
+
+def _add_record(record: Path, address: str) -> dict[str, Any]:
+    from kinprune.building import Build, Done
+
+    started = time.perf_counter()
+    bank, read, added = add_record(record, address)
+    seconds = time.perf_counter() - started
+    done = [Done(read.name, read.accuracy, seconds, added)] if added else []
+    return _summary(bank, Build(len(done), 1 - len(done)), done, seconds)
 
 
 def records_text(count: int) -> str:

@@ -106,7 +106,12 @@ Sizes = Annotated[
     ),
 ]
 Onnx = Annotated[
-    bool, typer.Option("--onnx/--no-onnx", rich_help_panel=RUNNING, help="Export each model to ONNX beside it.")
+    bool | None,
+    typer.Option(
+        "--onnx/--no-onnx",
+        rich_help_panel=RUNNING,
+        help="Export each model to ONNX beside it and measure its latency. [default: where the packages are there]",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -146,6 +147,17 @@ def predict_onnx(path: str | Path, images: NDArray[np.uint8], *, batch_size: int
         session.run(["logits"], {"images": (batch.astype(np.float32) / 255 - mean) / std})[0] for batch in batches
     ]
     return np.concatenate(answers)
+
+
+def open_session(path: str | Path, *, threads: int | None = None) -> Any:
+    """ONNX Runtime's session for a file, on the CPU with ``threads`` threads; ExportError where it cannot be read."""
+    return _session(_package("onnxruntime"), Path(path).expanduser(), threads=threads)
+
+
+def missing_package(*, check: bool = True) -> str | None:
+    """The first package that an export needs and that is not installed; None where all are."""
+    needed = ("onnx", "onnxscript", *(("onnxruntime",) if check else ()))
+    return next((name for name in needed if importlib.util.find_spec(name) is None), None)
 
 
 def _check_target(path: Path) -> Path:
@@ -298,11 +310,20 @@ def _publish(temporary: Path, target: Path) -> int:
     return size
 
 
-def _session(runtime: ModuleType, path: Path, *, optimise: bool = True, advice: str = "export it again") -> Any:
+def _session(
+    runtime: ModuleType,
+    path: Path,
+    *,
+    optimise: bool = True,
+    threads: int | None = None,
+    advice: str = "export it again",
+) -> Any:
     if not path.is_file():
         raise ExportError(f"{path} is {'no file' if path.exists() else 'not there'}: give the file of an export")
     options = runtime.SessionOptions()
     options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
     if not optimise:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
