@@ -32,7 +32,7 @@ from kinprune.units import Costs, Mask, UnitSpace, extract
 from kinprune.voting import TEMPERATURE, Ballot, Weighting, ballot_mvp, ballot_smsp, neighbour_weights
 
 Method = Literal["mvp", "smsp"]
-Inheritance = Literal["average", "nearest", "backbone"]
+Inheritance = Literal["auto", "average", "nearest", "backbone"]
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,24 @@ class AdaptPlan:
     ``method`` *mvp* lets the neighbours vote on the units for each budget, *smsp* makes one score mask for all of
     them. ``search`` says who the neighbours are, ``weighting`` and ``temperature`` how much each counts (see
     ``neighbour_weights``). ``inheritance`` is where the kept units' weights come from: the *average* of the neighbours
-    that kept them, the *nearest* neighbour alone, or the *backbone*. ``blend`` above 0 mixes the target's own
-    ``criterion`` into the vote. ``recipe`` is the fine-tuning, and its seed the seed of everything.
+    that kept them, the *nearest* neighbour alone, or the *backbone*; *auto* makes the first and the last, and goes on
+    with the better one in closed form. ``blend`` above 0 mixes the target's own
+    ``criterion`` into the vote. ``distil`` lets the whole model teach the small one. ``recipe`` is the fine-tuning,
+    and its seed the seed of everything.
     """
 
     method: Method = "smsp"
     search: Search = field(default_factory=Search)
     weighting: Weighting = "softmax"
     temperature: float = TEMPERATURE
-    inheritance: Inheritance = "average"
+    inheritance: Inheritance = "auto"
     blend: float = 0.0
     criterion: Criterion = "taylor"
     allocation: Allocation = "layer"
     normalisation: Normalisation = "mean"
     multiple: int = 1
     reconstruct: bool = True
+    distil: bool = True
     head: HeadMethod = "ridge"
     score_images: int = 256
     score_batch: int = 64
@@ -81,12 +84,16 @@ class AdaptPlan:
 
 @dataclass(frozen=True, eq=False)
 class Sized:
-    """The model for one budget: ``start`` in closed form before any step, ``final`` after them, on the test images."""
+    """The model for one budget: ``start`` in closed form before any step, ``final`` after them, on the test images.
+
+    ``inherited`` is where its weights come from: the plan's inheritance, or what *auto* came to.
+    """
 
     budget: Budget
     model: nn.Module
     selection: Selection
     ballot: Ballot
+    inherited: Inheritance
     closed_form: ClosedForm
     training: TrainingResult
     start: Evaluation
@@ -251,35 +258,45 @@ class _Work:
         if self.plan.inheritance == "backbone":
             return []
         with self.stage("inherit", "neighbours' weights"):
-            count = len(neighbours) if self.plan.inheritance == "average" else 1
+            count = 1 if self.plan.inheritance == "nearest" else len(neighbours)
             asked = zip(neighbours[:count], lessons.kept[:count], weights[:count], strict=True)
             return [
                 Donor(Mask(kept, self.space.fingerprint), self.bank.tensors(neighbour.entry), weight)
                 for neighbour, kept, weight in asked
             ]
 
-    def finish(self, budget: Budget, ballot: Ballot, selection: Selection, donors: Sequence[Donor]) -> Sized:
-        """Extract, repair, fine-tune and evaluate the model of one budget."""
+    def begin(self, mask: Mask, donors: Sequence[Donor], inherited: Inheritance) -> tuple[nn.Module, ClosedForm]:
+        """Extract a model with the weights it inherits, and bring it to its start in closed form."""
+        trained = inherited != "backbone"
         with self.stage("inherit", "extraction"):
-            if donors:
-                small = inherit(self.dense, self.space, selection.mask, donors)
-            else:
-                small = extract(self.dense, self.space, selection.mask)
+            small = inherit(self.dense, self.space, mask, donors) if trained else extract(self.dense, self.space, mask)
             lay_out(small)
         with self.stage("closed form", "closed form"):
             closed = repair(
                 small,
                 self.dense,
                 self.space,
-                selection.mask,
+                mask,
                 self.fit,
                 self.task.preprocessing,
                 head=self.backbone.head,
                 reconstruct=self.plan.reconstruct,
-                trained=bool(donors),
+                trained=trained,
                 method=self.plan.head,
                 seed=self.plan.recipe.seed,
             )
+        return small, closed
+
+    def begin_best(self, mask: Mask, donors: Sequence[Donor]) -> tuple[Inheritance, nn.Module, ClosedForm]:
+        """The start that the plan asks for; of several, the one that the judging images are answered best by."""
+        plan = self.plan.inheritance
+        names: tuple[Inheritance, ...] = ("average", "backbone") if plan == "auto" else (plan,)
+        starts = [(name, *self.begin(mask, donors, name)) for name in names]
+        return min(starts, key=lambda start: start[2].judged or 0.0)
+
+    def finish(self, budget: Budget, ballot: Ballot, selection: Selection, donors: Sequence[Donor]) -> Sized:
+        """Extract, repair, fine-tune and evaluate the model of one budget."""
+        inherited, small, closed = self.begin_best(selection.mask, donors)
         with self.stage("evaluate", "evaluation"):
             start = evaluate(small, self.task.test, self.task.preprocessing)
         steps = self.plan.recipe.steps
@@ -293,6 +310,7 @@ class _Work:
                 self.plan.recipe,
                 device=self.device,
                 held_back=self.guard,
+                teacher=self.dense if self.plan.distil else None,
                 begin=closed.trainable,
                 on_step=None
                 if self.on_step is None
@@ -300,7 +318,7 @@ class _Work:
             )
         with self.stage("evaluate", "evaluation"):
             final = evaluate(small, self.task.test, self.task.preprocessing) if training.best_step else start
-        return Sized(budget, small, selection, ballot, closed, training, start, final)
+        return Sized(budget, small, selection, ballot, inherited, closed, training, start, final)
 
 
 def _begin(

@@ -111,6 +111,7 @@ def summarise_size(adapted: Adapted, sized: Sized) -> dict[str, Any]:
         "best_step": sized.training.best_step,
         "stopped": sized.training.stopped,
         "confusion": sized.final.confusion.tolist(),
+        "inherited": sized.inherited,
         "reconstructed": sized.closed_form.reconstructed,
     }
 

@@ -47,7 +47,8 @@ class Plan:
 
     ``rounds`` 1 is one-shot; more remove a share each, geometrically, with ``round_steps`` steps of fine-tuning in
     between. ``score_images`` are read to score units, ``score_batch`` at a time. ``reconstruct`` lets the layers
-    behind removed units be solved again. ``recipe`` is the last fine-tuning, and its seed the seed of everything.
+    behind removed units be solved again, ``distil`` the whole model teach the small one. ``recipe`` is the last
+    fine-tuning, and its seed the seed of everything.
     """
 
     budget: Budget
@@ -59,6 +60,7 @@ class Plan:
     multiple: int = 1
     stream: bool = False
     reconstruct: bool = True
+    distil: bool = True
     head: HeadMethod = "ridge"
     score_images: int = 256
     score_batch: int = 64
@@ -240,6 +242,7 @@ class _Shrinking:
     space: UnitSpace
     model: nn.Module
     mask: Mask
+    teacher: nn.Module | None
     removed_in: NDArray[np.int64]
     scores: Scores
     selection: Selection | None = None
@@ -264,6 +267,7 @@ class _Shrinking:
             space,
             model,
             space.whole_mask(),
+            model if plan.distil else None,
             np.full(len(space), plan.rounds, dtype=np.int64),
             np.zeros(len(space)),
         )
@@ -345,6 +349,7 @@ class _Shrinking:
             recipe,
             device=self.device,
             held_back=self.guard,
+            teacher=self.teacher,
             begin=None if self.repair is None else self.repair.trainable,
             on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
         )

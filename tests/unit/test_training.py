@@ -188,7 +188,7 @@ def test_a_learning_rate_that_destroys_ends_at_the_start(name: str) -> None:
     assert held is not None
     model = solved(name, train)
     before = state_of(model)
-    recipe = Recipe(steps=6, batch_size=16, learning_rate=30.0, optimiser="sgd", warmup=0, evaluations=6)
+    recipe = Recipe(steps=3, batch_size=16, learning_rate=300.0, optimiser="sgd", warmup=0, evaluations=3)
     result = fine_tune(model, train, PREPROCESSING, recipe, held_back=held)
     assert min(point.accuracy for point in result.curve) < result.curve[0].accuracy - 0.2, "it did destroy"
     assert result.best_step == 0 and same(state_of(model), before)

@@ -27,7 +27,8 @@ LEAST_JUDGES = 8
 class ClosedForm:
     """What the closed-form start did, and the seconds each part took over all the starts that were tried.
 
-    ``head`` holds the leave-one-out accuracy and loss of the model as it was left. ``reconstructed`` says whether the
+    ``head`` holds the leave-one-out accuracy and loss of the model as it was left, ``judged`` the loss on the images
+    that only judged (None where there is none), by which starts can be compared. ``reconstructed`` says whether the
     reconstruction was kept, and ``layers`` what it did to each layer, kept or not; ``batch_norms`` is the number of
     batch norms matched or counted again in the model as it was left. Where that is none of those that the model has,
     ``trainable`` is the best start with its batch norm repaired, a state of the model: it answers worse now, but its
@@ -41,6 +42,7 @@ class ClosedForm:
     seconds_reconstruction: float
     seconds_batch_norm: float
     seconds_head: float
+    judged: float | None = None
     trainable: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
 
@@ -104,6 +106,7 @@ def closed_form(
         trial.seconds["reconstruction"],
         trial.seconds["batch_norm"],
         trial.seconds["head"],
+        best.head.loss,
         trainable,
     )
 

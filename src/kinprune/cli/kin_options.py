@@ -75,7 +75,8 @@ Inherit = Annotated[
         "--inherit",
         metavar="NAME",
         rich_help_panel=KIN,
-        help="Where the kept units' weights come from: average (of the neighbours that kept them), nearest, backbone.",
+        help="Where the kept units' weights come from: average (of the neighbours that kept them), nearest, backbone; "
+        "auto takes the better one of average and backbone in closed form.",
     ),
 ]
 Blend = Annotated[

@@ -53,6 +53,7 @@ def prune_command(
     learning_rate: own.LearningRate = None,
     optimiser: own.Optimiser = "auto",
     flip: own.Flip = False,
+    distil: own.Distil = True,
     overwrite: own.Overwrite = False,
     json: shared.Json = False,
     seed: shared.Seed = 0,
@@ -88,6 +89,7 @@ def prune_command(
         multiple=multiple,
         stream=stream,
         reconstruct=reconstruct,
+        distil=distil,
         head=word(head),
         recipe=recipe,
     )

@@ -166,7 +166,7 @@ LearningRate = Annotated[
         metavar="NUMBER",
         parser=between(0, math.inf, "0.001"),
         rich_help_panel=TRAINING,
-        help="Highest learning rate. [default: 0.01 for sgd, 0.0001 for adamw]",
+        help="Highest learning rate. [default: 0.03 for sgd, up to 0.0001 for adamw]",
     ),
 ]
 Optimiser = Annotated[
@@ -182,6 +182,12 @@ Flip = Annotated[
     bool,
     typer.Option(
         "--flip", rich_help_panel=TRAINING, help="Mirror half of the images: not for digits, letters or signs."
+    ),
+]
+Distil = Annotated[
+    bool,
+    typer.Option(
+        "--distil/--no-distil", rich_help_panel=TRAINING, help="Let the whole model's answers teach the pruned one."
     ),
 ]
 Overwrite = Annotated[

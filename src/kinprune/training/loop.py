@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kinprune.calibration import frozen_batch_norm, is_folded
+from kinprune.calibration import frozen_batch_norm, is_folded, reestimate_batch_norm
 from kinprune.errors import TaskError, TrainingError
 from kinprune.evaluation import device_of, evaluate, lay_out, logits
 from kinprune.preprocessing import Preprocessing, normalise
 from kinprune.tasks import Split
 from kinprune.training.batches import batches, hold_back, shift_and_flip
 from kinprune.training.recipe import (
-    LEARNING_RATES,
     Recipe,
+    default_rate,
     freezes_batch_norm,
     make_optimiser,
     optimiser_name,
@@ -102,7 +102,7 @@ def fine_tune(
         preprocessing=preprocessing,
         recipe=recipe,
         optimiser=optimiser,
-        learning_rate=recipe.learning_rate or LEARNING_RATES[optimiser],
+        learning_rate=recipe.learning_rate or default_rate(optimiser, recipe.steps),
         precision=resolve_precision(recipe, torch.device(device)),
         teacher=teacher,
         begin=begin,
@@ -136,6 +136,7 @@ class _Run:
     precision: str
     teacher: nn.Module | None
     begin: Mapping[str, Tensor] | None
+    counts: bool = False
     losses: list[float] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
     best_step: int = 0
@@ -156,6 +157,7 @@ class _Run:
         if self.begin is not None:
             _copy(self.model, self.begin)
         every = freezes_batch_norm(recipe, self.batch_size)
+        self.counts = not every
         with frozen_batch_norm(self.model, lambda norm: every or is_folded(norm)):
             self.train_steps(on_step)
 
@@ -212,6 +214,10 @@ class _Run:
         return (result.accuracy if self.judged_by_accuracy else 0.0), -result.loss
 
     def keep_if_best(self, step: int) -> None:
+        """Judge the model, its batch norms counted again: running averages lag behind by as many steps as are few."""
+        if self.counts:
+            images = self.train.images
+            reestimate_batch_norm(self.model, images, self.preprocessing, max_images=256, seed=self.recipe.seed)
         score = self.judge(step)
         # One image lower, and half of one for rounding.
         close = self.judged_by_accuracy and score[0] >= self.best_score[0] - 1.5 / len(self.guard.labels)

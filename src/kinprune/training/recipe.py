@@ -19,8 +19,11 @@ BatchNormMode = Literal["auto", "batch", "frozen"]
 Augmentation = Literal["none", "light"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-4}
-"""Defaults. From a closed-form start, SGD at .03 and AdamW at 3e-4 were seen to destroy what pruning had left."""
+LEARNING_RATES = {"sgd": 0.03, "adamw": 1e-4}
+"""Defaults, of AdamW for ``MANY_STEPS`` or more."""
+MANY_STEPS, LEAST_SHARE = 60, 0.3
+"""AdamW's first steps are as large as its rate whatever the gradient is, and a ViT needs some thirty steps to make
+good what they break: with fewer steps the rate is smaller, down to this share."""
 
 LEAST_BATCH = 16
 """Images below which a mini-batch's own statistics are too noisy to train on."""
@@ -32,8 +35,9 @@ class Recipe:
 
     - ``steps`` mini-batches of ``batch_size`` images, drawn without replacement in each pass over the data;
     - ``optimiser``: *auto* is SGD (``momentum``, Nesterov) for a model with batch norm, AdamW for others;
-      ``learning_rate`` None is .01 for SGD and 1e-4 for AdamW; it rises linearly over the first ``warmup`` share of
-      the steps and falls to 0 on a half cosine; ``weight_decay`` spares biases, norms and embeddings;
+      ``learning_rate`` None is .03 for SGD and up to 1e-4 for AdamW (see ``default_rate``); it rises linearly over
+      the first ``warmup`` share of the steps and falls to 0 on a half cosine; ``weight_decay`` spares biases, norms
+      and embeddings;
     - ``layer_decay`` multiplies the rate once more for each block away from the head (1 is off);
     - ``batch_norm`` *batch* trains on the batches' own statistics, *frozen* on the running ones, which then stay;
       *auto* is batch where a mini-batch has at least 16 images (pruned ResNet-18 and MobileNetV2 hardly train
@@ -53,7 +57,7 @@ class Recipe:
     learning_rate: float | None = None
     weight_decay: float = 1e-4
     momentum: float = 0.9
-    warmup: float = 0.1
+    warmup: float = 0.3
     layer_decay: float = 1.0
     batch_norm: BatchNormMode = "auto"
     label_smoothing: float = 0.0
@@ -140,6 +144,12 @@ def optimiser_name(model: nn.Module, recipe: Recipe) -> Literal["sgd", "adamw"]:
     if recipe.optimiser == "auto":
         return "sgd" if batch_norms(model) else "adamw"
     return recipe.optimiser
+
+
+def default_rate(optimiser: Literal["sgd", "adamw"], steps: int) -> float:
+    """The highest learning rate where the recipe names none."""
+    share = min(1.0, max(LEAST_SHARE, steps / MANY_STEPS)) if optimiser == "adamw" else 1.0
+    return share * LEARNING_RATES[optimiser]
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16"]:
