@@ -3,7 +3,7 @@
     python benchmarks/unseen.py --bank BANK [BANK ...] --data DIR [--stage validation|test] [--json]
 
 The unseen classes are those of ``DIR`` that no source task of the bank has. Eight of them make the validation tasks, on
-which defaults and learning rates are chosen, the others the test tasks. Every method gets the same images, closed-form
+which defaults are chosen, the others the test tasks. Every method gets the same images, closed-form
 start, steps and seed. Every finished run is a line of ``--out``; run again, it goes on where it stopped.
 """
 
@@ -14,7 +14,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ import kinprune as kp
 from kinprune.adaptation import AdaptPlan, adapt
 from kinprune.bank import Bank, open_bank
 from kinprune.bank.backbone import load_bank_backbone
-from kinprune.calibration import ClosedForm
-from kinprune.evaluation import evaluate
+from kinprune.calibration import ClosedForm, head_inputs, solve_probe
+from kinprune.delivery import versions
+from kinprune.evaluation import evaluate, lay_out
 from kinprune.kin import Search
 from kinprune.pruning import prune
 from kinprune.training import Recipe, fine_tune, hold_back
@@ -37,10 +38,8 @@ CLASSES, SHOTS, VALIDATION_CLASSES = 5, 100, 8
 STEPS = (15, 60)
 BASELINES = ("random", "l1", "taylor")
 METHODS = ("smsp", "mvp", *BASELINES)
-RATES = {"vit_tiny_patch16_224": (3e-5, 1e-4, 3e-4), "mobilenetv2_100": (1e-3, 3e-3)}
-"""AdamW's, tried on the validation tasks."""
-TRAINED = ("smsp", "all neighbours", "backbone's weights", "taylor", "l1")
-"""What is trained on the validation tasks, at each learning rate."""
+TRAINED = ("smsp", "all neighbours", "backbone's weights", "taylor")
+"""What is trained on the validation tasks too."""
 
 SINGLE_CHANGES: Mapping[str, Mapping[str, Any]] = {
     "smsp": {},
@@ -56,6 +55,7 @@ SINGLE_CHANGES: Mapping[str, Mapping[str, Any]] = {
     "uniform": {"weighting": "uniform"},
     "temperature 1": {"temperature": 1.0},
     "temperature 0.5": {"temperature": 0.5},
+    "average's weights": {"inheritance": "average"},
     "backbone's weights": {"inheritance": "backbone"},
     "nearest's weights": {"inheritance": "nearest"},
     "blend 0.25": {"blend": 0.25},
@@ -63,6 +63,7 @@ SINGLE_CHANGES: Mapping[str, Mapping[str, Any]] = {
     "global": {"allocation": "global"},
 }
 """What the closed-form start is compared under: the defaults with one thing changed."""
+VALIDATED = (*SINGLE_CHANGES, "taylor")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Start:
     closed_form: ClosedForm
     dense: float
     accuracy: float
+    inherited: str
     seconds: float
 
 
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--label-column", default="fine_label")
     parser.add_argument("--stage", choices=("validation", "test"), default="test")
-    parser.add_argument("--tasks", type=int, default=12, help="validation: a third of it")
+    parser.add_argument("--tasks", type=int, default=10, help="validation: a third of it")
     parser.add_argument("--keep", type=float, default=0.1)
     parser.add_argument("--out", type=Path, default=RESULTS / "unseen.jsonl")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
@@ -122,7 +124,7 @@ def run_task(bank: Bank, classes: tuple[str, ...], rows: list[dict[str, Any]], o
     model = bank.header.spec.name
     key = {"stage": options.stage, "model": model, "keep": options.keep, "classes": list(classes)}
     done = {row["run"] for row in rows if all(row[name] == value for name, value in key.items())}
-    todo = [run for run in runs_of(options.stage, model) if run not in done]
+    todo = [run for run in (METHODS if options.stage == "test" else VALIDATED) if run not in done]
     if not todo:
         return
     backbone = load_bank_backbone(bank, CLASSES)
@@ -130,13 +132,10 @@ def run_task(bank: Bank, classes: tuple[str, ...], rows: list[dict[str, Any]], o
         kp.load_task(options.data, classes=classes, shots=SHOTS, label_column=options.label_column),
         backbone.preprocessing,
     )
-    starts: dict[str, Start] = {}
+    teacher = teach(backbone, task)
     for run in todo:
-        method, recipe = method_of(run), recipe_of(run, model)
-        if method not in starts:
-            starts = {method: begin(method, task, bank, backbone, options.keep)}
-        start = starts[method]
-        trained = train(start, task, recipe) if options.stage == "test" or "@" in run else {}
+        start = begin(run, task, bank, backbone, options.keep)
+        trained = train(start, task, teacher) if options.stage == "test" or run in TRAINED else {}
         row = {
             **key,
             "run": run,
@@ -145,9 +144,9 @@ def run_task(bank: Bank, classes: tuple[str, ...], rows: list[dict[str, Any]], o
             "dense": start.dense,
             "0": start.accuracy,
             **trained,
-            "learning_rate": recipe.learning_rate,
-            "optimiser": recipe.optimiser,
+            "inherited": start.inherited,
             "seconds": round(start.seconds, 2),
+            "versions": versions(),
         }
         rows.append(row)
         with options.out.open("a") as file:
@@ -156,24 +155,14 @@ def run_task(bank: Bank, classes: tuple[str, ...], rows: list[dict[str, Any]], o
             print(json.dumps(row), flush=True)
 
 
-def runs_of(stage: str, model: str) -> list[str]:
-    """The names of a task's runs: ``METHOD``, or ``METHOD @ OPTIMISER RATE``."""
-    if stage == "test":
-        return list(METHODS)
-    return [*SINGLE_CHANGES, *(f"{method} @ adamw {rate:g}" for method in TRAINED for rate in RATES[model])]
-
-
-def method_of(run: str) -> str:
-    return run.partition(" @ ")[0]
-
-
-def recipe_of(run: str, model: str) -> Recipe:
-    """The recipe of a run: the one it names, else the library's default."""
-    _, _, named = run.partition(" @ ")
-    if not named:
-        return Recipe()
-    optimiser, rate = named.split()
-    return Recipe(optimiser=optimiser, learning_rate=float(rate))  # type: ignore[arg-type]
+def teach(backbone: kp.Backbone, task: kp.DecodedTask) -> nn.Module:
+    """The whole model with a closed-form head, as ``prune`` and ``adapt`` make their teacher."""
+    fit, _ = hold_back(task.train, Recipe().hold_back, Recipe().seed)
+    model = copy.deepcopy(backbone.model)
+    lay_out(model)
+    features = head_inputs(model, backbone.head, fit.images, task.preprocessing)
+    solve_probe(model, backbone.head, features, fit.labels, len(task.classes))
+    return model
 
 
 def begin(method: str, task: kp.DecodedTask, bank: Bank, backbone: kp.Backbone, keep: float) -> Start:
@@ -183,31 +172,29 @@ def begin(method: str, task: kp.DecodedTask, bank: Bank, backbone: kp.Backbone, 
     if method in BASELINES:
         pruned = prune(backbone, task, kp.Plan(budget, criterion=method, recipe=still))  # type: ignore[arg-type]
         seconds = time.perf_counter() - started
-        return Start(pruned.model, pruned.closed_form, pruned.dense.accuracy, pruned.start.accuracy, seconds)
+        return Start(
+            pruned.model, pruned.closed_form, pruned.dense.accuracy, pruned.start.accuracy, "backbone", seconds
+        )
     plan = AdaptPlan(**{"method": "smsp", **SINGLE_CHANGES[method]}, recipe=still)
     adapted = adapt(task, bank, budget, plan, backbone=backbone)
     sized = adapted.sizes[0]
     seconds = time.perf_counter() - started
-    return Start(sized.model, sized.closed_form, adapted.dense.accuracy, sized.start.accuracy, seconds)
+    dense, accuracy = adapted.dense.accuracy, sized.start.accuracy
+    return Start(sized.model, sized.closed_form, dense, accuracy, sized.inherited, seconds)
 
 
-def train(start: Start, task: kp.DecodedTask, recipe: Recipe) -> dict[str, float]:
+def train(start: Start, task: kp.DecodedTask, teacher: nn.Module) -> dict[str, float]:
     """The test accuracy after each number of steps, each from the same start."""
-    fit, guard = hold_back(task.train, recipe.hold_back, recipe.seed)
     found = {}
     for steps in STEPS:
+        recipe = Recipe(steps=steps)
+        fit, guard = hold_back(task.train, recipe.hold_back, recipe.seed)
         model = copy.deepcopy(start.model)
         result = fine_tune(
-            model,
-            fit,
-            task.preprocessing,
-            replace(recipe, steps=steps),
-            held_back=guard,
-            begin=start.closed_form.trainable,
+            model, fit, task.preprocessing, recipe, held_back=guard, teacher=teacher, begin=start.closed_form.trainable
         )
-        found[str(steps)] = (
-            evaluate(model, task.test, task.preprocessing).accuracy if result.best_step else start.accuracy
-        )
+        judged = evaluate(model, task.test, task.preprocessing).accuracy if result.best_step else start.accuracy
+        found[str(steps)] = judged
     return found
 
 

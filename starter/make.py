@@ -50,13 +50,18 @@ def halve(source: Path, target: Path) -> Path:
 def build(weights: Path, data: Path, *more: str, tasks: int, classes: int) -> None:
     """Source tasks of one data set into the bank."""
     kinprune = Path(sys.executable).with_name("kinprune")
-    subprocess.run(
-        [kinprune, "bank", "build", data.name, "--bank", str(BANK)]
-        + ["--model", MODEL, "--weights", str(weights), "--image-size", str(SIDE)]
-        + ["--tasks", str(tasks), "--classes", str(classes), "--steps", "120", *more],
-        cwd=data.resolve().parent,  # a record says where its data were: only their name is for all to read
-        check=True,
-    )
+    options = {
+        "bank": BANK,
+        "model": MODEL,
+        "weights": weights,
+        "image-size": SIDE,
+        "tasks": tasks,
+        "classes": classes,
+        "steps": 120,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    # A record says where its data were: only their name is for all to read.
+    subprocess.run([kinprune, "bank", "build", data.name, *words, *more], cwd=data.resolve().parent, check=True)
 
 
 def choose_photos(signs: Path) -> None:

@@ -82,6 +82,19 @@ def test_the_budget_is_met_by_the_model_itself(world: World, method: Any, inheri
     assert len(adapted.neighbours) == 3 and sum(adapted.weights) == pytest.approx(1)
 
 
+def test_auto_goes_on_with_the_start_that_answers_better(world: World) -> None:
+    still = replace(QUICK, recipe=kp.Recipe(steps=0))
+    budget = kp.Budget(keep=0.4)
+    average, backbone, auto = (
+        kp.adapt(world.task, world.bank, budget, replace(still, inheritance=name)).sizes[0]
+        for name in ("average", "backbone", "auto")
+    )
+    assert average.closed_form.judged is not None and backbone.closed_form.judged is not None
+    assert average.closed_form.judged != backbone.closed_form.judged
+    better = min((average, backbone), key=lambda sized: sized.closed_form.judged or 0.0)
+    assert auto.inherited == better.inherited and same(state_of(auto.model), state_of(better.model))
+
+
 def test_a_family_nests_and_shares_one_score_mask(world: World) -> None:
     budgets = [kp.Budget(keep=keep) for keep in (0.2, 0.6, 0.4)]
     adapted = kp.adapt(world.task, world.bank, budgets, replace(QUICK, recipe=kp.Recipe(steps=0)))

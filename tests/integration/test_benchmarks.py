@@ -72,3 +72,28 @@ def test_engine_measures_memory() -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["first_total"] > 0 and found["memory_bytes"] > 0
+
+
+def test_kin_ranks_and_says_how_long_it_took(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    words = "--tasks 40 1200 --features 64 --images 200 --targets 2 --repeats 1 --loop 10 --measured 40 --json"
+    importlib.import_module("kin").main([*words.split(), "--out", str(tmp_path / "kin.json")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
+    rows = json.loads((tmp_path / "kin.json").read_text())["rows"]
+    assert [row["tasks"] for row in rows] == [40, 1200] and all(row["recall"] >= 0.9 for row in rows)
+
+
+def test_adapt_says_where_the_seconds_go(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    words = "--tasks 30 --keep 0.1 --steps 1 --repeats 1 --json"
+    importlib.import_module("adapt").main([*words.split(), "--out", str(tmp_path / "adapt.json")])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = json.loads((tmp_path / "adapt.json").read_text())
+    assert found["tasks"] == 30 and found["stages"].keys() >= {"features", "kin", "vote", "inherit", "fine-tune"}
+    assert told["of_the_bank"] == pytest.approx(
+        sum(found["stages"][name] for name in ("kin", "vote", "inherit")), abs=0.01
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the documentation says a reader has: two folders of photos and a file of weights."""
+    """What the documentation says a reader has: the starter, two folders of photos and a file of weights."""
     home = tmp_path
+    shutil.copytree(ROOT / "starter", home / "starter")
     make_folder(home / "photos", ["bird", "cat", "dog"], 8, size=48)
     make_folder(home / "new-photos", ["fox", "hen"], 8, size=48)
     with torch.random.fork_rng():
@@ -53,7 +55,7 @@ def test_the_readme_runs(reader: Path) -> None:
         elif language == "python":
             exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
             ran += 1
-    assert ran >= 13
+    assert ran >= 19
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -25,6 +25,7 @@ from kinprune.calibration import (
     reestimate_batch_norm,
     solve_head,
 )
+from kinprune.calibration.closed_form import _parts
 from kinprune.calibration.head import (
     LONE_RIDGE,
     balanced_weights,
@@ -33,6 +34,7 @@ from kinprune.calibration.head import (
     head_inputs,
     ridge_head,
 )
+from kinprune.calibration.least_squares import moments_of, solve_towards_zero
 from kinprune.errors import TaskError, TrainingError
 from kinprune.evaluation import evaluate, logits
 from kinprune.preprocessing import Preprocessing, normalise
@@ -654,3 +656,32 @@ def test_real_weights_on_real_signs(shared: Path) -> None:
     result = evaluate(pruned, Split(images[~train], targets[~train]), size)
     assert result.accuracy > 0.4 and head.accuracy > 0.4, "chance is 0.2"
     assert abs(result.loss - head.loss) < 0.8, "the leave-one-out temperature is meant to carry over"
+
+
+# least squares
+
+
+def test_inputs_that_are_zero_in_one_half_of_the_images_are_borne() -> None:
+    rows = torch.arange(1.0, 9.0, dtype=torch.float64).view(4, 2)
+    halves = moments_of(torch.zeros_like(rows), rows), moments_of(rows, rows)
+    found = solve_towards_zero(halves, (0.1,), intercept=False)
+    assert isinstance(found, str) or bool(found.weight.isfinite().all() and found.bias.isfinite().all())
+
+
+# what starts are made of
+
+
+def test_images_that_judge_make_no_start_where_there_are_enough() -> None:
+    labels = torch.arange(3).repeat(40)
+    judges, builders = _parts(labels, 3, seed=0)
+    assert sorted([*judges.tolist(), *builders.tolist()]) == list(range(120))
+    assert labels[judges].bincount().tolist() == [20, 20, 20]
+    again, _ = _parts(labels, 3, seed=0)
+    other, _ = _parts(labels, 3, seed=1)
+    assert torch.equal(judges, again) and not torch.equal(judges, other)
+
+
+def test_a_class_of_few_images_has_them_do_both() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 15)
+    judges, builders = _parts(labels, 2, seed=0)
+    assert judges.tolist() == builders.tolist() == list(range(55))

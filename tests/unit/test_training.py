@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kinprune.calibration import batch_norms, closed_form
+from kinprune.calibration import batch_norms, closed_form, reestimate_batch_norm
 from kinprune.errors import TaskError, TrainingError
-from kinprune.evaluation import Evaluation, evaluate, logits
+from kinprune.evaluation import evaluate, logits
 from kinprune.preprocessing import Preprocessing
 from kinprune.tasks import Split
 from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
 from kinprune.training.batches import batches, shift_and_flip
-from kinprune.training.recipe import make_optimiser, optimiser_name, resolve_precision, schedule
+from kinprune.training.loop import CurvePoint, judge
+from kinprune.training.recipe import default_rate, make_optimiser, optimiser_name, resolve_precision, schedule
 
 PREPROCESSING = Preprocessing(image_size=(32, 32))
 QUICK = Recipe(steps=8, batch_size=16, precision="float32")
@@ -201,36 +202,50 @@ def test_the_end_is_never_worse_than_the_start_on_the_guard(seed: int) -> None:
     model = solved("test_resnet", train)
     recipe = Recipe(steps=12, batch_size=8, learning_rate=0.3, evaluations=6, seed=seed)
     result = fine_tune(model, train, PREPROCESSING, recipe, held_back=held)
-    end = evaluate(model, held, PREPROCESSING)
-    start = result.curve[0]
-    assert (end.accuracy, -end.loss) >= (start.accuracy, -start.loss)
+    end = judge(model, held, PREPROCESSING, 12)
     kept = next(point for point in result.curve if point.step == result.best_step)
     assert end.accuracy == kept.accuracy and end.loss == pytest.approx(kept.loss, rel=1e-4)
-    assert end.accuracy >= max(point.accuracy for point in result.curve) - 1.01 / len(held)
+    assert end.calibrated == pytest.approx(min(point.calibrated for point in result.curve), rel=1e-4)
+    assert end.loss == pytest.approx(evaluate(model, held, PREPROCESSING).loss, rel=1e-4)
 
 
-def test_a_state_one_image_below_the_best_is_kept_only_if_above_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten held-back images, scripted scores: the choice among states, apart from any training."""
+def test_a_state_is_judged_under_the_temperature_that_suits_it() -> None:
+    """Two images, one right and one wrong, each surely: answers scaled by any factor of the grid are as good."""
+    split = Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
 
-    def chosen(*scores: tuple[float, float]) -> int:
-        script = iter(scores)
+    class Fixed(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.answers = nn.Parameter(scale * torch.tensor([[3.0, 0.0], [0.5, 0.0]]))
 
-        def scripted(*_: object, **__: object) -> Evaluation:
-            accuracy, loss = next(script)
-            return Evaluation(accuracy, loss, confusion=None, per_class=(), n=10)  # type: ignore[arg-type]
+        def forward(self, images: Tensor) -> Tensor:
+            return self.answers
 
-        monkeypatch.setattr("kinprune.training.loop.evaluate", scripted)
-        recipe = Recipe(steps=len(scores) - 1, batch_size=2, evaluations=len(scores) - 1)
+    found = {scale: judge(Fixed(scale), split, PREPROCESSING, 0) for scale in (1.0, 2.0)}
+    for scale, point in found.items():
+        right, wrong = math.log(1 + math.exp(-3 * scale)), math.log(1 + math.exp(0.5 * scale))
+        assert point.accuracy == 0.5 and point.loss == pytest.approx((right + wrong) / 2)
+    assert found[1.0].calibrated == pytest.approx(found[2.0].calibrated)
+    assert found[2.0].calibrated < found[2.0].loss
+
+
+def test_the_state_of_least_calibrated_loss_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted judgements: the choice among states, apart from any training."""
+
+    def chosen(*losses: float) -> int:
+        script = iter(losses)
+        monkeypatch.setattr(
+            "kinprune.training.loop.judge",
+            lambda *_: CurvePoint(_[-1], accuracy=0.5, loss=9.0, calibrated=next(script)),
+        )
+        recipe = Recipe(steps=len(losses) - 1, batch_size=2, evaluations=len(losses) - 1)
         held = Split(*(tensor[:10] for tensor in (stripes(4).images, stripes(4).labels)))
         return fine_tune(model_of("test_vit"), stripes(2), PREPROCESSING, recipe, held_back=held).best_step
 
-    assert chosen((0.5, 1.0), (0.7, 0.8), (0.9, 0.7), (0.8, 0.9)) == 3
-    assert chosen((0.5, 1.0), (0.7, 0.8), (0.9, 0.7), (0.7, 0.6)) == 2
-    assert chosen((0.8, 1.0), (0.9, 0.9), (0.8, 1.1)) == 1
-    assert chosen((0.8, 1.0), (0.8, 1.0)) == 0
-    assert chosen((0.8, 1.0), (0.8, 0.9)) == 1
-    assert chosen((0.8, 1.0), (1.0, math.nan)) == 0
-    assert chosen((1.0, math.nan), (0.3, 2.0)) == 1
+    assert chosen(1.0, 0.8, 0.7, 0.9) == 2
+    assert chosen(1.0, 1.0) == 0
+    assert chosen(1.0, math.inf) == 0
+    assert chosen(math.inf, 2.0) == 1
 
 
 def test_a_non_finite_loss_names_step_and_rate_and_puts_the_best_back() -> None:
@@ -294,10 +309,10 @@ def test_one_image_a_class_is_guarded_by_the_training_loss(name: str) -> None:
     result = fine_tune(model, split, PREPROCESSING, Recipe(steps=4, batch_norm="batch"))
     assert result.guard == "training"
     assert result.images_seen == 4 * 3, "a batch is all there is"
-    assert min(point.loss for point in result.curve) == next(
-        point.loss for point in result.curve if point.step == result.best_step
+    assert min(point.calibrated for point in result.curve) == next(
+        point.calibrated for point in result.curve if point.step == result.best_step
     )
-    assert evaluate(model, split, PREPROCESSING).loss <= result.curve[0].loss + 1e-6
+    assert judge(model, split, PREPROCESSING, 4).calibrated <= result.curve[0].calibrated + 1e-6
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
@@ -475,3 +490,22 @@ def test_tasks_that_do_not_fit_the_model_are_refused() -> None:
             QUICK,
             held_back=Split(stripes(1).images[:0], torch.empty(0, dtype=torch.int64)),
         )
+
+
+def test_a_state_is_judged_with_batch_norms_counted_on_the_training_images() -> None:
+    split = stripes(20)
+    train, held = hold_back(split, 0.2, 0)
+    model = model_of("test_resnet")
+    recipe = Recipe(steps=30, batch_size=16, learning_rate=0.05, optimiser="sgd", evaluations=1)
+    result = fine_tune(model, train, PREPROCESSING, recipe, held_back=held)
+    assert result.best_step == 30
+    left = state_of(model)
+    reestimate_batch_norm(model, train.images, PREPROCESSING, max_images=256, seed=recipe.seed)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, left[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(1, 3e-5), (15, 3e-5), (30, 5e-5), (60, 1e-4), (600, 1e-4)])
+def test_adamw_starts_more_gently_the_fewer_the_steps(steps: int, rate: float) -> None:
+    assert default_rate("adamw", steps) == pytest.approx(rate)
+    assert default_rate("sgd", steps) == 0.03

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kinprune.cli import kin_options as own
 from kinprune.cli import options as shared
@@ -12,6 +12,9 @@ from kinprune.cli.output import console, count, say, size, stage_bar
 from kinprune.cli.running import begin, guarded
 from kinprune.cli.values import word
 from kinprune.errors import BudgetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @guarded
@@ -49,6 +52,7 @@ def adapt_command(
     flip: pruning.Flip = False,
     distil: pruning.Distil = True,
     onnx: own.Onnx = None,
+    kin_data: own.KinData = None,
     overwrite: pruning.Overwrite = False,
     json: shared.Json = False,
     seed: shared.Seed = 0,
@@ -70,7 +74,7 @@ def adapt_command(
     from kinprune.bank import open_bank
     from kinprune.bank.backbone import bank_space, load_bank_backbone
     from kinprune.publishing import plan_destination, publish
-    from kinprune.tasks import decode
+    from kinprune.tasks import decode, decode_samples
     from kinprune.voting import TEMPERATURE
 
     destination = plan_destination(out, ratios, overwrite=overwrite, onnx=onnx)
@@ -95,6 +99,10 @@ def adapt_command(
     task = shared.load_data(
         data, classes, shots, test_fraction, image_column=image_column, label_column=label_column, seed=seed
     )
+    shown = [
+        shared.load_data(source, None, None, 0.2, image_column=image_column, label_column=label_column, seed=seed)
+        for source in kin_data or []
+    ]
     backbone = load_bank_backbone(opened, len(task.classes), seed=seed)
     space = bank_space(opened, backbone)
     budgets = [pruning.budget_of(ratio, given, space.cost(space.whole_mask())) for ratio in (ratios or (keep,))]
@@ -103,7 +111,18 @@ def adapt_command(
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
     with stage_bar() as on_step:
         adapted = adapt(decoded, opened, budgets, plan, backbone=backbone, space=space, device=device, on_step=on_step)
-        published = publish(adapted, decoded, opened.header, destination, on_stage=lambda name: on_step(name, 0, 0))
+        asked = {name for neighbour in adapted.neighbours for name in neighbour.entry.classes}
+        samples: dict[str, Tensor] = {}
+        for source in shown:
+            samples |= decode_samples(source, asked, backbone.preprocessing)
+        published = publish(
+            adapted,
+            decoded,
+            opened.header,
+            destination,
+            samples=samples,
+            on_stage=lambda stage: on_step(stage, 0, 0),
+        )
     summary = {"task": task.name, "bank": len(opened), **published}
     if json:
         return summary

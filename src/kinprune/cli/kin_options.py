@@ -106,6 +106,15 @@ Sizes = Annotated[
         help="Several keep ratios, such as 0.5,0.2,0.1: a model each, in folders keep-0.5 ... of --out.",
     ),
 ]
+KinData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kin-data",
+        metavar="DATA",
+        rich_help_panel=RUNNING,
+        help="Where images of source tasks are, to show some in the report; may be given more than once.",
+    ),
+]
 Onnx = Annotated[
     bool | None,
     typer.Option(

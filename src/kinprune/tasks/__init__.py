@@ -1,7 +1,7 @@
 """Tasks: labelled image data sets with their classes and a train/test split."""
 
 from kinprune.tasks.arrays import task_from_arrays
-from kinprune.tasks.decoding import decode, decoded_bytes
+from kinprune.tasks.decoding import decode, decode_samples, decoded_bytes
 from kinprune.tasks.folders import list_images
 from kinprune.tasks.loading import load_task
 from kinprune.tasks.pixels import decode_image
@@ -15,6 +15,7 @@ __all__ = [
     "Task",
     "decode",
     "decode_image",
+    "decode_samples",
     "decoded_bytes",
     "list_images",
     "load_task",

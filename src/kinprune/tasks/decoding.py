@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kinprune.errors import TaskError
 from kinprune.preprocessing import Preprocessing
@@ -44,6 +45,29 @@ def decode(
         train = _decode(task.train, preprocessing, pool, f"decoding {task.name}: train", progress)
         test = _decode(task.test, preprocessing, pool, f"decoding {task.name}: test", progress)
     return DecodedTask(task.name, task.classes, train, test, preprocessing, task.digest)
+
+
+def decode_samples(
+    task: Task, classes: Collection[str], preprocessing: Preprocessing, *, each: int = 1
+) -> dict[str, Tensor]:
+    """Up to ``each`` training images of those of ``classes`` that a task has, by class: uint8 ``[n, 3, h, w]``.
+
+    Raises TaskError naming the images that cannot be read.
+    """
+    train = task.train
+    places = {
+        name: np.flatnonzero(train.labels == number)[:each]
+        for number, name in enumerate(task.classes)
+        if name in classes
+    }
+    if not places:
+        return {}
+    chosen = np.concatenate(list(places.values()))
+    items = Items(train.reader, train.rows[chosen], train.labels[chosen])
+    with ThreadPoolExecutor(_processors()) as pool:
+        images = _decode(items, preprocessing, pool, "", False).images
+    parts = torch.split(images, [len(part) for part in places.values()])
+    return dict(zip(places, parts, strict=True))
 
 
 def _check_memory(task: Task, preprocessing: Preprocessing) -> None:

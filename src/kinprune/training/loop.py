@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from kinprune.calibration import frozen_batch_norm, is_folded, reestimate_batch_norm
 from kinprune.errors import TaskError, TrainingError
-from kinprune.evaluation import device_of, evaluate, lay_out, logits
+from kinprune.evaluation import device_of, lay_out, logits
 from kinprune.preprocessing import Preprocessing, normalise
 from kinprune.tasks import Split
 from kinprune.training.batches import batches, hold_back, shift_and_flip
@@ -32,13 +32,23 @@ from kinprune.training.recipe import (
 OnStep = Callable[[int, int, float], None]
 
 
+HEATS = tuple(2 ** (power / 2) for power in range(-2, 5))
+"""Temperatures, from a half to four, of which a state is judged under the one that suits it best: training makes
+answers too sure long before it makes them worse."""
+
+
 @dataclass(frozen=True)
 class CurvePoint:
-    """The model judged after ``step`` steps on the guard's images."""
+    """The model judged after ``step`` steps on the guard's images.
+
+    ``calibrated`` is the cross-entropy under the best temperature, by which states are chosen: over few images it
+    tells states apart that accuracy does not.
+    """
 
     step: int
     accuracy: float
     loss: float
+    calibrated: float
 
 
 @dataclass(frozen=True)
@@ -77,14 +87,13 @@ def fine_tune(
 ) -> TrainingResult:
     """Train ``model`` in place on ``device``, where it stays, and leave it in the best state seen, in evaluation mode.
 
-    The best state, the start among them, is the last one whose accuracy on the guard's images is within one image of
-    the highest: later states had lower learning rates, and one image is chance. A state that is no better than the
-    start, by accuracy and then by loss, is never taken. The guard is ``held_back`` where it is given, else
-    ``hold_back`` takes it from ``split``, else, where a class has one image or nothing is to be held back, the
-    training images' loss alone decides. ``on_step(step, steps, loss)`` is called after every step, steps counted
-    from 1. ``teacher``, of the same classes, adds distillation: the Kullback-Leibler divergence of softened answers
-    times the squared temperature (Hinton et al. 2015). ``begin`` is another state of the model to train from, such as
-    ``ClosedForm.trainable``; the model's own stays the start that is never undercut.
+    The best state, the start among them, is the one of least calibrated loss on the guard's images (see
+    ``CurvePoint``). The guard is ``held_back`` where it is given, else ``hold_back`` takes it from ``split``, else,
+    where a class has one image or nothing is to be held back, it is the training images. ``on_step(step, steps,
+    loss)`` is called after every step, steps counted from 1. ``teacher``, of the same classes, adds distillation: the
+    Kullback-Leibler divergence of softened answers times the squared temperature (Hinton et al. 2015). ``begin`` is
+    another state of the model to train from, such as ``ClosedForm.trainable``; the model's own stays the start that
+    is never undercut.
 
     A KeyboardInterrupt ends training, not the program: the result says ``stopped``. A non-finite loss raises
     TrainingError. Whatever happens, an error of ``on_step`` too, the model is left in its best state. The same seed
@@ -98,7 +107,7 @@ def fine_tune(
         model=model,
         train=train,
         guard=train if guard is None else guard,
-        judged_by_accuracy=guard is not None,
+        guarded=guard is not None,
         preprocessing=preprocessing,
         recipe=recipe,
         optimiser=optimiser,
@@ -121,6 +130,15 @@ def fine_tune(
     return run.result(stopped, perf_counter() - started)
 
 
+def judge(model: nn.Module, split: Split, preprocessing: Preprocessing, step: int) -> CurvePoint:
+    """How good a model is on a split, after ``step`` steps."""
+    answers = logits(model, split.images, preprocessing)
+    losses = [float(functional.cross_entropy(answers / heat, split.labels)) for heat in HEATS]
+    accuracy = float((answers.argmax(1) == split.labels).double().mean())
+    finite = all(math.isfinite(loss) for loss in losses)
+    return CurvePoint(step, accuracy, losses[HEATS.index(1)], min(losses) if finite else math.inf)
+
+
 @dataclass(eq=False)
 class _Run:
     """A fine-tuning under way: what it works on, what it has seen, and the best state so far."""
@@ -128,7 +146,7 @@ class _Run:
     model: nn.Module
     train: Split
     guard: Split
-    judged_by_accuracy: bool
+    guarded: bool
     preprocessing: Preprocessing
     recipe: Recipe
     optimiser: str
@@ -140,8 +158,7 @@ class _Run:
     losses: list[float] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
     best_step: int = 0
-    start_score: tuple[float, float] = (-math.inf, -math.inf)
-    best_score: tuple[float, float] = (-math.inf, -math.inf)
+    least: float = math.inf
     best_state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -153,7 +170,7 @@ class _Run:
         if recipe.steps == 0:
             return
         self.keep(0)
-        self.start_score = self.best_score = self.judge(0)
+        self.least = self.judge(0)
         if self.begin is not None:
             _copy(self.model, self.begin)
         every = freezes_batch_norm(recipe, self.batch_size)
@@ -205,24 +222,20 @@ class _Run:
         optimiser.step()
         return float(loss.detach())
 
-    def judge(self, step: int) -> tuple[float, float]:
-        """Judge the model on the guard's images, in float32: accuracy where it counts, then minus the loss."""
-        result = evaluate(self.model, self.guard, self.preprocessing)
-        self.curve.append(CurvePoint(step, result.accuracy, result.loss))
-        if not math.isfinite(result.loss):
-            return -math.inf, -math.inf
-        return (result.accuracy if self.judged_by_accuracy else 0.0), -result.loss
+    def judge(self, step: int) -> float:
+        """Judge the model on the guard's images, in float32; the calibrated loss."""
+        point = judge(self.model, self.guard, self.preprocessing, step)
+        self.curve.append(point)
+        return point.calibrated
 
     def keep_if_best(self, step: int) -> None:
         """Judge the model, its batch norms counted again: running averages lag behind by as many steps as are few."""
         if self.counts:
             images = self.train.images
             reestimate_batch_norm(self.model, images, self.preprocessing, max_images=256, seed=self.recipe.seed)
-        score = self.judge(step)
-        # One image lower, and half of one for rounding.
-        close = self.judged_by_accuracy and score[0] >= self.best_score[0] - 1.5 / len(self.guard.labels)
-        if score > self.start_score and (close or score > self.best_score):
-            self.best_score = max(self.best_score, score)
+        calibrated = self.judge(step)
+        if calibrated < self.least:
+            self.least = calibrated
             self.keep(step)
 
     def keep(self, step: int) -> None:
@@ -237,7 +250,7 @@ class _Run:
             losses=tuple(self.losses),
             curve=tuple(self.curve),
             best_step=self.best_step,
-            guard="held-back" if self.judged_by_accuracy else "training",
+            guard="held-back" if self.guarded else "training",
             stopped=stopped,
             seconds=seconds,
             images_seen=len(self.losses) * self.batch_size,

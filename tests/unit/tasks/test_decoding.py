@@ -17,7 +17,7 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 
 from kinprune.errors import TaskError
 from kinprune.preprocessing import Interpolation, Preprocessing
-from kinprune.tasks import decode, decode_image, decoded_bytes, load_task, task_from_arrays
+from kinprune.tasks import decode, decode_image, decode_samples, decoded_bytes, load_task, task_from_arrays
 from kinprune.tasks.memory import available_bytes
 
 Make = Callable[..., Path]
@@ -131,6 +131,16 @@ def test_threads_and_repetition_change_nothing(tmp_path: Path, make_folder: Make
     )
     with pytest.raises(TaskError, match="threads=0"):
         decode(task, PLAIN, threads=0)
+
+
+def test_samples_are_the_first_training_images_of_the_classes_that_are_there(tmp_path: Path, make_folder: Make) -> None:
+    task = load_task(make_folder(tmp_path, ["a", "b", "c"], 6, (12, 17)))
+    whole = decode(task, PLAIN)
+    found = decode_samples(task, {"c", "a", "elsewhere"}, PLAIN, each=2)
+    assert list(found) == ["a", "c"]
+    for label, name in ((0, "a"), (2, "c")):
+        assert torch.equal(found[name], whole.train.images[whole.train.labels == label][:2])
+    assert decode_samples(task, {"elsewhere"}, PLAIN) == {}
 
 
 def test_unreadable_images_are_named(tmp_path: Path, make_folder: Make) -> None:
