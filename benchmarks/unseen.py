@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 CLASSES, SHOTS, VALIDATION_CLASSES = 5, 100, 8
 STEPS = (15, 60)
 BASELINES = ("random", "l1", "taylor")
-METHODS = ("smsp", "mvp", *BASELINES)
+METHODS = ("smsp", "taylor", "l1", "random")
 TRAINED = ("smsp", "all neighbours", "backbone's weights", "taylor")
 """What is trained on the validation tasks too."""
 

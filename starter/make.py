@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         weights = halve(options.weights, Path(folder) / "weights.safetensors")
-        build(weights, options.cifar100, "--label-column", "fine_label", "--shots", "100", tasks=7, classes=5)
+        build(weights, options.cifar100, "--label-column", "fine_label", "--shots", "100", tasks=5, classes=5)
         build(weights, options.signs, "--leave-out", ",".join(UNSEEN), tasks=3, classes=4)
         build(weights, options.omniglot, tasks=2, classes=5)
     choose_photos(options.signs)

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kinprune.cli.options import chosen_classes
-from kinprune.cli.output import console, count, show_json, size
+from kinprune.cli.output import console, show_json
 from kinprune.cli.running import begin
 from kinprune.cli.values import Limit, between, limit, share, whole
 from kinprune.errors import BackboneError
+from kinprune.quantities import byte_count, count
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_counts_for_people(value: float, text: str) -> None:
 
 
 def test_bytes_for_people() -> None:
-    assert [size(value) for value in (12, 999, 1_000, 4_620_000)] == ["12 B", "999 B", "1 kB", "4.62 MB"]
+    assert [byte_count(value) for value in (12, 999, 1_000, 4_620_000)] == ["12 B", "999 B", "1 kB", "4.62 MB"]
 
 
 def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 
 import kinprune as kp
-from kinprune import report
+from kinprune import quantities, report
 from kinprune.adaptation import AdaptPlan
 from kinprune.adapted import summarise_adapted
 from kinprune.building import Source, build, sample_sources
 from kinprune.evaluation import Evaluation
 from kinprune.kin import Search
-from kinprune.report import ReportError, numbers, render_report, write_report
+from kinprune.report import ReportError, render_report, write_report
 from kinprune.report.answers import matrix_of, sample_answers
 from kinprune.report.charts import (
     BOTTOM,
@@ -325,7 +325,7 @@ def test_a_matrix_by_hand() -> None:
     matrix = matrix_of("small", evaluation, ("a", "b", "c"))
     assert [[cell.count for cell in row.cells] for row in matrix.rows] == counts.tolist()
     assert [cell.share for cell in matrix.rows[0].cells] == [0.75, 0.25, 0]
-    assert [row.right for row in matrix.rows] == ["75.0%", numbers.NOTHING, "66.7%"]
+    assert [row.right for row in matrix.rows] == ["75.0%", quantities.NOTHING, "66.7%"]
     assert [(pair.true, pair.answer, pair.count, pair.images) for pair in matrix.commonest] == [
         ("c", "a", 2, 6),
         ("a", "b", 1, 4),
@@ -405,17 +405,23 @@ def test_thumbnails_are_the_images() -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [numbers.count(value) for value in (12, 1240, 999_600, 2_536_325)] == ["12", "1.24 k", "1 M", "2.54 M"]
-    assert [numbers.byte_count(value) for value in (12, 4_620_000)] == ["12 B", "4.62 MB"]
-    assert [numbers.round_percent(value) for value in (0, 0.001, 0.2, 0.999, 1)] == ["0%", "<1%", "20%", ">99%", "100%"]
-    assert [numbers.points(value) for value in (0.016, -0.05, -0.0001)] == ["+1.6", f"{numbers.MINUS}5.0", "0.0"]
-    assert [numbers.seconds(value) for value in (0.0149, 4.21, 99.97, 200)] == [
+    assert [quantities.count(value) for value in (12, 1240, 999_600, 2_536_325)] == ["12", "1.24 k", "1 M", "2.54 M"]
+    assert [quantities.byte_count(value) for value in (12, 4_620_000)] == ["12 B", "4.62 MB"]
+    assert [quantities.round_percent(value) for value in (0, 0.001, 0.2, 0.999, 1)] == [
+        "0%",
+        "<1%",
+        "20%",
+        ">99%",
+        "100%",
+    ]
+    assert [quantities.points(value) for value in (0.016, -0.05, -0.0001)] == ["+1.6", f"{quantities.MINUS}5.0", "0.0"]
+    assert [quantities.seconds(value) for value in (0.0149, 4.21, 99.97, 200)] == [
         "0.01 s",
         "4.2 s",
         "1 min 40 s",
         "3 min 20 s",
     ]
-    assert [numbers.setting(value) for value in (True, None, 1e-4, 3, "a")] == ["yes", "none", "0.0001", "3", "a"]
+    assert [quantities.setting(value) for value in (True, None, 1e-4, 3, "a")] == ["yes", "none", "0.0001", "3", "a"]
 
 
 def luminance(colour: str) -> float:

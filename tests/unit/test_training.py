@@ -502,7 +502,7 @@ def test_a_state_is_judged_with_batch_norms_counted_on_the_training_images() -> 
     left = state_of(model)
     reestimate_batch_norm(model, train.images, PREPROCESSING, max_images=256, seed=recipe.seed)
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, left[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensor, left[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("steps", "rate"), [(1, 3e-5), (15, 3e-5), (30, 5e-5), (60, 1e-4), (600, 1e-4)])

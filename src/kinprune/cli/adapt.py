@@ -8,10 +8,11 @@ from kinprune.cli import kin_options as own
 from kinprune.cli import options as shared
 from kinprune.cli import prune_options as pruning
 from kinprune.cli.kin import print_kin
-from kinprune.cli.output import console, count, say, size, stage_bar
+from kinprune.cli.output import console, say, stage_bar
 from kinprune.cli.running import begin, guarded
 from kinprune.cli.values import word
 from kinprune.errors import BudgetError
+from kinprune.quantities import byte_count, count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,7 +143,7 @@ def _print_sizes(summary: dict[str, Any]) -> None:
 
     def cells(costs: dict[str, int], row: dict[str, Any]) -> tuple[str, ...]:
         latency = [f"{row['latency_ms']:.2f} ms"] if timed else []
-        return count(costs["parameters"]), count(costs["macs"]), size(costs["weight_bytes"]), *latency
+        return count(costs["parameters"]), count(costs["macs"]), byte_count(costs["weight_bytes"]), *latency
 
     table.add_row("whole model", f"{summary['accuracy_dense']:.1%}", "", *cells(summary["whole"], summary))
     for sized in summary["sizes"]:

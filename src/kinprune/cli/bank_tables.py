@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kinprune.cli.output import console, size
+from kinprune.cli.output import console
+from kinprune.quantities import byte_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +35,7 @@ def records_table(listed: Sequence[dict[str, Any]]) -> Table:
             _short(classes, max(free - named, CLASSES)),
             f"{sum(images.values()):,}" if images else "",
             *(f"{found[name]:.1%}" for name in ("accuracy_dense", "accuracy_closed_form", "accuracy", "kept_share")),
-            size(found["weight_bytes"]),
+            byte_count(found["weight_bytes"]),
             found["created"][:10],
         )
     return table
@@ -59,7 +60,7 @@ def print_record(found: dict[str, Any]) -> None:
         "images": f"{images['train']:,} training, {images['test']:,} test" if images else None,
         "accuracy": f"whole model {found['accuracy_dense']:.1%}, closed form {found['accuracy_closed_form']:.1%}, "
         f"fine-tuned {found['accuracy']:.1%}",
-        "weights": f"{size(found['weight_bytes'])}, {found['weights']}",
+        "weights": f"{byte_count(found['weight_bytes'])}, {found['weights']}",
         "made": found["created"],
         "plan": _plain(plan) if plan else None,
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()) if seconds else None,
@@ -109,8 +110,8 @@ def _info_facts(found: dict[str, Any]) -> dict[str, str]:
         f"stream, {space['fingerprint'][:12]}",
         "groups": f"{named}{', ...' if len(groups) > 4 else ''}",
         "records": f"{found['records']:,}, of {found['classes']:,} different classes",
-        "size": f"database {size(taken['database'])}, pruned weights {size(taken['weights'])}, backbone's weights "
-        + ("gone" if taken["backbone"] is None else size(taken["backbone"])),
+        "size": f"database {byte_count(taken['database'])}, pruned weights {byte_count(taken['weights'])}, "
+        "backbone's weights " + ("gone" if taken["backbone"] is None else byte_count(taken["backbone"])),
         "weights in": found["store"],
     }
 

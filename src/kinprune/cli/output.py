@@ -27,19 +27,6 @@ def console() -> Console:
     return Console(markup=False, emoji=False, highlight=False)
 
 
-def count(value: float) -> str:
-    """A count for people: 1.24 M."""
-    for scale, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= 0.9995 * scale:  # 999,600 is 1 M, not 1000 k
-            return f"{value / scale:.3g}{name}"
-    return f"{value:.0f}"
-
-
-def size(value: float) -> str:
-    """Bytes for people: 4.62 MB."""
-    return f"{count(value)}B" if value >= 999.5 else f"{value:.0f} B"
-
-
 @contextmanager
 def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar of the stage under way, on standard error, on a terminal only."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from kinprune.cli import options as shared
 from kinprune.cli import prune_options as own
-from kinprune.cli.output import console, count, say, size, stage_bar
+from kinprune.cli.output import console, say, stage_bar
 from kinprune.cli.running import begin, guarded
 from kinprune.cli.values import Limit, word
 from kinprune.errors import BudgetError
+from kinprune.quantities import byte_count, count
 
 if TYPE_CHECKING:
     from kinprune.backbones import Backbone
@@ -142,8 +143,8 @@ def _print(summary: dict[str, Any]) -> None:
         ("units", "units", count),
         ("parameters", "parameters", count),
         ("MACs", "macs", count),
-        ("weights", "weight_bytes", size),
-        ("peak memory", "peak_memory_bytes", size),
+        ("weights", "weight_bytes", byte_count),
+        ("peak memory", "peak_memory_bytes", byte_count),
     )
     for title, name, text in rows:
         table.add_row(title, text(whole[name]), text(costs[name]), f"{costs[name] / whole[name]:.1%}")

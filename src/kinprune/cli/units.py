@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kinprune.cli.options import MODEL, Device, ImageSize, Json, Seed, Stream, Threads
-from kinprune.cli.output import console, count, size
+from kinprune.cli.output import console
 from kinprune.cli.running import begin, guarded
 from kinprune.cli.values import whole
+from kinprune.quantities import byte_count, count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -111,7 +112,7 @@ def _print(described: dict[str, Any]) -> None:
     shown.print(
         f"{costs['units']:,} units in {len(described['groups'])} groups. Parameters {count(costs['parameters'])} "
         f"(down to {count(smallest['parameters'])}), MACs {count(costs['macs'])} (down to {count(smallest['macs'])}), "
-        f"weights {size(costs['weight_bytes'])}, peak memory {size(costs['peak_memory_bytes'])}."
+        f"weights {byte_count(costs['weight_bytes'])}, peak memory {byte_count(costs['peak_memory_bytes'])}."
     )
 
 

@@ -20,10 +20,11 @@ from kinprune.cli.options import (
     Threads,
     Tolerance,
 )
-from kinprune.cli.output import console, say, size
+from kinprune.cli.output import console, say
 from kinprune.cli.running import begin, guarded
 from kinprune.cli.values import whole
 from kinprune.errors import ExportError, TaskError
+from kinprune.quantities import byte_count
 
 if TYPE_CHECKING:
     from kinprune.evaluation import Evaluation
@@ -182,5 +183,5 @@ def export_command(
     if json:
         return {"artifact": str(directory), "format": format, **asdict(found), "path": str(found.path)}
     close = f"logits within {found.max_difference:.1e} of PyTorch's"
-    typer.echo(f"{path}: {size(found.bytes)}, opset {found.opset}, {close}")
+    typer.echo(f"{path}: {byte_count(found.bytes)}, opset {found.opset}, {close}")
     return None

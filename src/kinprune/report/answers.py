@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kinprune import quantities
 from kinprune.adaptation import Sized
 from kinprune.evaluation import Evaluation, predict
-from kinprune.report import numbers
 from kinprune.report.pictures import thumbnail
 from kinprune.tasks import DecodedTask
 
@@ -97,7 +97,7 @@ def matrix_of(name: str, evaluation: Evaluation, classes: tuple[str, ...]) -> Ma
         MatrixRow(
             class_name,
             tuple(Cell(count, count / total if total else 0.0, place == true) for place, count in enumerate(row)),
-            numbers.NOTHING if right is None else numbers.percent(right),
+            quantities.NOTHING if right is None else quantities.percent(right),
         )
         for true, (class_name, row, total, right) in enumerate(
             zip(classes, confusion, totals, evaluation.per_class, strict=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from kinprune import quantities
 from kinprune.adaptation import Adapted, AdaptPlan
 from kinprune.delivery import versions
-from kinprune.report import numbers
 from kinprune.report.answers import Answers, Matrix, matrix_of, sample_answers
 from kinprune.report.curves import Chart, family_charts, learning_charts
 from kinprune.report.inputs import check_inputs
@@ -153,20 +153,21 @@ def _making(adapted: Adapted, rows: Sequence[SizeRow]) -> Making:
     height, width = preprocessing.image_size
     return Making(
         stages=tuple(
-            (name, numbers.seconds(taken), taken / total if total else 0.0) for name, taken in adapted.seconds.items()
+            (name, quantities.seconds(taken), taken / total if total else 0.0)
+            for name, taken in adapted.seconds.items()
         ),
-        total=numbers.seconds(total),
+        total=quantities.seconds(total),
         trainings=tuple(
             Training(
                 name=row.name,
                 steps=len(sized.training.losses),
                 best_step=sized.training.best_step,
                 optimiser=sized.training.optimiser,
-                learning_rate=numbers.setting(sized.training.learning_rate),
+                learning_rate=quantities.setting(sized.training.learning_rate),
                 precision=sized.training.precision,
                 images_seen=sized.training.images_seen,
                 reconstructed=sized.closed_form.reconstructed,
-                seconds=numbers.seconds(sized.training.seconds),
+                seconds=quantities.seconds(sized.training.seconds),
             )
             for row, sized in zip(rows, adapted.sizes, strict=True)
         ),
@@ -174,10 +175,10 @@ def _making(adapted: Adapted, rows: Sequence[SizeRow]) -> Making:
         versions=tuple(versions().items()),
         backbone=(
             ("name", spec.name),
-            *((name, numbers.setting(value)) for name, value in spec.arguments.items()),
+            *((name, quantities.setting(value)) for name, value in spec.arguments.items()),
             ("images", f"{height} x {width} pixels, {preprocessing.interpolation}, crop {preprocessing.crop_pct:g}"),
             ("fingerprint", adapted.backbone.fingerprint),
-            ("units", f"{len(adapted.space):,} in {numbers.plural(len(adapted.space.groups), 'layer')}"),
+            ("units", f"{len(adapted.space):,} in {quantities.plural(len(adapted.space.groups), 'layer')}"),
         ),
     )
 
@@ -190,7 +191,7 @@ def _settings(plan: AdaptPlan) -> tuple[tuple[str, str], ...]:
         for name, value in values.items():
             shown = name.replace("_", " ")
             found += (
-                flat(value, f"{shown}: ") if isinstance(value, dict) else [(before + shown, numbers.setting(value))]
+                flat(value, f"{shown}: ") if isinstance(value, dict) else [(before + shown, quantities.setting(value))]
             )
         return found
 

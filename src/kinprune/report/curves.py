@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from kinprune import quantities
 from kinprune.adaptation import Adapted, Sized
-from kinprune.report import numbers
 from kinprune.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, Reference, Series, chart, linear_axis, log_axis
 from kinprune.report.sizes import SizeRow
 
@@ -47,14 +47,14 @@ def _accuracy_chart(trained: Sequence[tuple[SizeRow, Sized]], guard: str) -> Cha
     y = linear_axis(
         "Accuracy",
         [value for one in series for _, value in one.line],
-        numbers.round_percent,
+        quantities.round_percent,
         BOTTOM,
         TOP,
         within=(0, 1),
     )
     told = "; ".join(
-        f"{row.name}: {numbers.percent(sized.training.curve[0].accuracy)} in closed form, "
-        f"{numbers.percent(_chosen(sized))} in the end"
+        f"{row.name}: {quantities.percent(sized.training.curve[0].accuracy)} in closed form, "
+        f"{quantities.percent(_chosen(sized))} in the end"
         for row, sized in trained
     )
     return Chart(caption, chart("accuracy", caption, told, _steps(trained), y, series))
@@ -116,12 +116,12 @@ def _family_chart(adapted: Adapted, rows: Sequence[SizeRow], cost: str, noun: st
     ]
     accuracies = [value for row in rows for value in (row.accuracy_start, row.accuracy)]
     y = linear_axis(
-        "Accuracy", [*accuracies, adapted.dense.accuracy], numbers.round_percent, BOTTOM, TOP, within=(0, 1)
+        "Accuracy", [*accuracies, adapted.dense.accuracy], quantities.round_percent, BOTTOM, TOP, within=(0, 1)
     )
-    x = log_axis(f"{noun} (logarithmic)", [*places, whole], numbers.count, LEFT, RIGHT)
-    level = Reference(adapted.dense.accuracy, f"whole model {numbers.percent(adapted.dense.accuracy)}", whole)
+    x = log_axis(f"{noun} (logarithmic)", [*places, whole], quantities.count, LEFT, RIGHT)
+    level = Reference(adapted.dense.accuracy, f"whole model {quantities.percent(adapted.dense.accuracy)}", whole)
     told = "; ".join(
-        f"{row.name}: {numbers.percent(row.accuracy)} with {numbers.count(place)} {noun}"
+        f"{row.name}: {quantities.percent(row.accuracy)} with {quantities.count(place)} {noun}"
         for row, place in zip(rows, places, strict=True)
     )
     return Chart(caption, chart(f"family-{cost}", caption, told, x, y, series, level))

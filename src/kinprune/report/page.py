@@ -11,8 +11,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
+from kinprune import quantities
 from kinprune.adaptation import Adapted
-from kinprune.report import numbers
 from kinprune.report.charts import COLOURS, mark_of
 from kinprune.report.contents import contents_of
 from kinprune.report.inputs import ReportError
@@ -79,9 +79,12 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.globals.update(
-        colours=COLOURS, mark_of=mark_of, pictured=PICTURED, plural=numbers.plural, minus=numbers.MINUS
+        colours=COLOURS, mark_of=mark_of, pictured=PICTURED, plural=quantities.plural, minus=quantities.MINUS
     )
     environment.filters.update(
-        percent=numbers.percent, round_percent=numbers.round_percent, points=numbers.points, setting=numbers.setting
+        percent=quantities.percent,
+        round_percent=quantities.round_percent,
+        points=quantities.points,
+        setting=quantities.setting,
     )
     return environment

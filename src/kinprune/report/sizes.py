@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from kinprune import quantities
 from kinprune.adaptation import Adapted, Sized
-from kinprune.report import numbers
 from kinprune.selection import Budget
 from kinprune.units import Costs
 
 FIGURES = {
-    "parameters": ("parameters", numbers.count),
-    "macs": ("MACs", numbers.count),
-    "weight_bytes": ("of weights", numbers.byte_count),
-    "peak_memory_bytes": ("of peak memory", numbers.byte_count),
+    "parameters": ("parameters", quantities.count),
+    "macs": ("MACs", quantities.count),
+    "weight_bytes": ("of weights", quantities.byte_count),
+    "peak_memory_bytes": ("of peak memory", quantities.byte_count),
 }
 """The costs that are shown: what they are called after a number, and how they are written."""
 
@@ -65,7 +65,7 @@ class GroupRow:
 
 def size_name(budget: Budget) -> str:
     """A size in a few words, from its budget: ``10% of units, 1.5 M parameters``."""
-    asked = [] if budget.keep is None else [f"{numbers.ratio(budget.keep)} of units"]
+    asked = [] if budget.keep is None else [f"{quantities.ratio(budget.keep)} of units"]
     return ", ".join([*asked, *(_amount(name, limit) for name, limit in budget.limits().items())])
 
 
@@ -80,7 +80,7 @@ def size_rows(adapted: Adapted, latencies: Sequence[float | None] | None = None)
             colour=colour,
             accuracy_start=sized.start.accuracy,
             accuracy=sized.final.accuracy,
-            difference=numbers.points(sized.final.accuracy - adapted.dense.accuracy),
+            difference=quantities.points(sized.final.accuracy - adapted.dense.accuracy),
             costs=figures(sized.selection.costs, adapted.whole),
             latency=_latency(times[1 + colour], times[0]),
             limits=_limits(adapted, sized),
@@ -123,13 +123,13 @@ def latency_of(value: float | None) -> Figure | None:
 def _latency(value: float | None, whole: float | None) -> Figure | None:
     if value is None:
         return None
-    text = numbers.milliseconds(value)
+    text = quantities.milliseconds(value)
     return Figure(value, text, 0.0, "") if whole is None else _figure(value, whole, text)
 
 
 def _figure(value: float, whole: float, text: str) -> Figure:
     share = value / whole
-    return Figure(value, text, share, numbers.round_percent(share))
+    return Figure(value, text, share, quantities.round_percent(share))
 
 
 def _amount(name: str, value: float) -> str:
@@ -143,14 +143,14 @@ def _limits(adapted: Adapted, sized: Sized) -> tuple[Limit, ...]:
     keep = sized.budget.keep
     if keep is not None:
         kept, units = sized.selection.costs.units, adapted.whole.units
-        reached = Figure(kept, f"{kept:,} of {units:,} units", kept / units / keep, numbers.percent(kept / units))
-        limits.append(Limit(f"{numbers.ratio(keep)} of units", reached, kept <= units * keep + 1e-9 * units))
+        reached = Figure(kept, f"{kept:,} of {units:,} units", kept / units / keep, quantities.percent(kept / units))
+        limits.append(Limit(f"{quantities.ratio(keep)} of units", reached, kept <= units * keep + 1e-9 * units))
     costs = asdict(sized.selection.costs)
     for name, limit in sized.budget.limits().items():
         # To the last digit: rounded, a reached 1,499,990 and an asked 1,500,000 would look the same.
         noun = "bytes " + FIGURES[name][0] if name.endswith("bytes") else FIGURES[name][0]
         share = costs[name] / limit
-        reached = Figure(costs[name], f"{costs[name]:,} {noun}", share, f"{numbers.round_percent(share)} of it")
+        reached = Figure(costs[name], f"{costs[name]:,} {noun}", share, f"{quantities.round_percent(share)} of it")
         limits.append(Limit(f"{limit:,} {noun}", reached, costs[name] <= limit))
     return tuple(limits)
 
