@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 import kinprune as kp
-from kinprune.adaptation import AdaptPlan, adapt
+from kinprune.adapt_plan import AdaptPlan
+from kinprune.adaptation import adapt
 from kinprune.bank import Bank, open_bank
 from kinprune.bank.backbone import load_bank_backbone
 from kinprune.calibration import ClosedForm, head_inputs, solve_probe
@@ -180,7 +181,9 @@ def begin(method: str, task: kp.DecodedTask, bank: Bank, backbone: kp.Backbone, 
     sized = adapted.sizes[0]
     seconds = time.perf_counter() - started
     dense, accuracy = adapted.dense.accuracy, sized.start.accuracy
-    return Start(sized.model, sized.closed_form, dense, accuracy, sized.inherited, seconds)
+    return Start(
+        sized.model, sized.closed_form, dense, accuracy, f"{adapted.inherited}, blend {adapted.blend:g}", seconds
+    )
 
 
 def train(start: Start, task: kp.DecodedTask, teacher: nn.Module) -> dict[str, float]:

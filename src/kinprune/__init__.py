@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kinprune.adaptation import Adapted, AdaptPlan, adapt
+    from kinprune.adapt_plan import AdaptPlan
+    from kinprune.adaptation import Adapted, adapt
     from kinprune.adapted import adapted_artifact
     from kinprune.artifact import Artifact, load, save
     from kinprune.backbones import Backbone, BackboneSpec, load_backbone
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from kinprune.units import Costs, Group, Mask, UnitSpace, extract, find_units
 
 _HOMES = {
-    "adaptation": ("AdaptPlan", "Adapted", "adapt"),
+    "adapt_plan": ("AdaptPlan",),
+    "adaptation": ("Adapted", "adapt"),
     "adapted": ("adapted_artifact",),
     "artifact": ("Artifact", "load", "save"),
     "backbones": ("Backbone", "BackboneSpec", "load_backbone"),

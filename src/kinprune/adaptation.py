@@ -5,95 +5,41 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from torch import nn
 
+from kinprune.adapt_plan import AdaptPlan, Inheritance
 from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Lessons, check_space, open_bank
 from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
-from kinprune.calibration.head import HeadMethod
 from kinprune.errors import BankError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
-from kinprune.importance import CRITERIA, Criterion, Normalisation, Scores, draw_batches, normalise, score
+from kinprune.importance import Scores, draw_batches, normalise, score
 from kinprune.inheritance import Donor, inherit
-from kinprune.kin import Neighbour, Search, find_kin, rank_exactly
+from kinprune.kin import Neighbour, find_kin, rank_exactly
 from kinprune.pruning import OnStep, repair
-from kinprune.selection import Allocation, Budget, Selection, select, select_family
+from kinprune.selection import Budget, Selection, select, select_family
 from kinprune.tasks import DecodedTask, Split
-from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
+from kinprune.training import TrainingResult, fine_tune, hold_back
 from kinprune.transferability import Target
 from kinprune.units import Costs, Mask, UnitSpace, extract
-from kinprune.voting import TEMPERATURE, Ballot, Weighting, ballot_mvp, ballot_smsp, neighbour_weights
-
-Method = Literal["mvp", "smsp"]
-Inheritance = Literal["auto", "average", "nearest", "backbone"]
-
-
-@dataclass(frozen=True)
-class AdaptPlan:
-    """How to adapt.
-
-    ``method`` *mvp* lets the neighbours vote on the units for each budget, *smsp* makes one score mask for all of
-    them. ``search`` says who the neighbours are, ``weighting`` and ``temperature`` how much each counts (see
-    ``neighbour_weights``). ``inheritance`` is where the kept units' weights come from: the *average* of the neighbours
-    that kept them, the *nearest* neighbour alone, or the *backbone*; *auto* makes the first and the last, and goes on
-    with the better one in closed form. ``blend`` above 0 mixes the target's own
-    ``criterion`` into the vote. ``distil`` lets the whole model teach the small one. ``recipe`` is the fine-tuning,
-    and its seed the seed of everything.
-    """
-
-    method: Method = "smsp"
-    search: Search = field(default_factory=Search)
-    weighting: Weighting = "softmax"
-    temperature: float = TEMPERATURE
-    inheritance: Inheritance = "auto"
-    blend: float = 0.0
-    criterion: Criterion = "taylor"
-    allocation: Allocation = "layer"
-    normalisation: Normalisation = "mean"
-    multiple: int = 1
-    reconstruct: bool = True
-    distil: bool = True
-    head: HeadMethod = "ridge"
-    score_images: int = 256
-    score_batch: int = 64
-    recipe: Recipe = field(default_factory=Recipe)
-
-    def __post_init__(self) -> None:
-        for name, word, known in (
-            ("method", self.method, get_args(Method)),
-            ("inheritance", self.inheritance, get_args(Inheritance)),
-            ("weighting", self.weighting, get_args(Weighting)),
-            ("criterion", self.criterion, CRITERIA),
-            ("allocation", self.allocation, get_args(Allocation)),
-            ("head", self.head, get_args(HeadMethod)),
-        ):
-            if word not in known:
-                raise BudgetError(f"there is no {name} '{word}', expected one of: {', '.join(known)}")
-        if not 0 <= self.blend <= 1:
-            raise BudgetError(f"the blend is {self.blend}, expected the share of the target's own scores, from 0 to 1")
-        if self.multiple < 1:
-            raise BudgetError(f"multiple is {self.multiple}, expected a whole number of at least 1")
+from kinprune.voting import Ballot, ballot_mvp, ballot_smsp, neighbour_weights
 
 
 @dataclass(frozen=True, eq=False)
 class Sized:
-    """The model for one budget: ``start`` in closed form before any step, ``final`` after them, on the test images.
-
-    ``inherited`` is where its weights come from: the plan's inheritance, or what *auto* came to.
-    """
+    """The model for one budget: ``start`` in closed form before any step, ``final`` after them, on the test images."""
 
     budget: Budget
     model: nn.Module
     selection: Selection
     ballot: Ballot
-    inherited: Inheritance
     closed_form: ClosedForm
     training: TrainingResult
     start: Evaluation
@@ -104,7 +50,8 @@ class Sized:
 class Adapted:
     """What adapting gave: a model for each budget, and who they were learnt from.
 
-    ``weights`` says how much each of the ``neighbours`` counted. ``whole_model`` is the backbone with a closed-form
+    ``weights`` says how much each of the ``neighbours`` counted, ``blend`` and ``inherited`` what the plan's blend and
+    inheritance came to. ``whole_model`` is the backbone with a closed-form
     head, ``dense`` what it answers on the test images and ``whole`` its costs. ``seconds`` is by stage.
     """
 
@@ -115,6 +62,8 @@ class Adapted:
     whole: Costs
     neighbours: tuple[Neighbour, ...]
     weights: tuple[float, ...]
+    blend: float
+    inherited: Inheritance
     probe: Probe
     whole_model: nn.Module
     dense: Evaluation
@@ -152,24 +101,21 @@ def adapt(
     work = _begin(task, bank, wanted, plan, backbone, space, device, on_step)
     neighbours, weights = work.find(without)
     lessons = work.read_lessons(neighbours)
-    ballots, selections = work.elect(lessons, weights, wanted)
     donors = work.donors(neighbours, lessons, weights)
+    choice = work.choose(lessons, weights, donors, wanted)
     with work.stage("evaluate", "whole model"):
         dense = evaluate(work.dense, task.test, task.preprocessing)
-    sizes = tuple(
-        work.finish(budget, ballot, selection, donors)
-        for budget, ballot, selection in zip(wanted, ballots, selections, strict=True)
-    )
-    whole = work.space.cost(work.space.whole_mask())
-    kin, shares = tuple(neighbours), tuple(weights)
+    sizes = tuple(work.finish(budget, choice, place, donors) for place, budget in enumerate(wanted))
     return Adapted(
         sizes,
         plan,
         work.backbone,
         work.space,
-        whole,
-        kin,
-        shares,
+        work.space.cost(work.space.whole_mask()),
+        tuple(neighbours),
+        tuple(weights),
+        choice.blend,
+        choice.inherited,
         work.probe,
         work.dense,
         dense,
@@ -181,6 +127,19 @@ def check_budgets(space: UnitSpace, budgets: Sequence[Budget], plan: AdaptPlan) 
     """Refuse budgets that cannot be reached, with BudgetError: whether one can does not depend on scores."""
     for budget in budgets:
         select(space, np.zeros(len(space)), budget, multiple=plan.multiple)
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What was chosen for all sizes, and the start of the smallest, at ``place`` among them, that it was chosen by."""
+
+    blend: float
+    inherited: Inheritance
+    ballots: Sequence[Ballot]
+    selections: Sequence[Selection]
+    place: int
+    model: nn.Module
+    closed_form: ClosedForm
 
 
 @dataclass(eq=False)
@@ -218,10 +177,8 @@ class _Work:
             weights = neighbour_weights(similarities, self.plan.weighting, self.plan.temperature)
         return neighbours, weights.tolist()
 
-    def own_scores(self) -> Scores | None:
-        """The target's own importance on the whole model, where it counts at all."""
-        if self.plan.blend == 0:
-            return None
+    def own_scores(self) -> Scores:
+        """The target's own importance on the whole model."""
         with self.stage("own scores", "scoring"):
             seed = self.plan.recipe.seed
             plan, device = self.plan, self.device
@@ -236,19 +193,18 @@ class _Work:
             return self.bank.lessons([neighbour.entry.id for neighbour in neighbours])
 
     def elect(
-        self, lessons: Lessons, weights: Sequence[float], budgets: Sequence[Budget]
+        self, lessons: Lessons, weights: Sequence[float], budgets: Sequence[Budget], own: Scores | None, blend: float
     ) -> tuple[list[Ballot], list[Selection]]:
         """A ballot and a selection for each budget; with SMSP one ballot serves all, and the selections nest."""
-        own = self.own_scores()
         plan, space, shares = self.plan, self.space, np.array(weights)
         how = {name: getattr(plan, name) for name in ("allocation", "normalisation", "multiple")}
         with self.stage("vote", "vote"):
             if plan.method == "smsp":
-                ballot = ballot_smsp(space, lessons.scores, shares, own=own, share=plan.blend)
+                ballot = ballot_smsp(space, lessons.scores, shares, own=own, share=blend)
                 family = select_family(space, ballot.scores, budgets, ties=ballot.ties, **how)
                 return [ballot] * len(budgets), family
             rankings, scores = lessons.rankings, lessons.scores
-            mixed: dict[str, Any] = {"own": own, "share": plan.blend, "multiple": plan.multiple}
+            mixed: dict[str, Any] = {"own": own, "share": blend, "multiple": plan.multiple}
             ballots = [ballot_mvp(space, rankings, scores, shares, budget, **mixed) for budget in budgets]
             pairs = zip(ballots, budgets, strict=True)
             return ballots, [select(space, one.scores, budget, ties=one.ties, **how) for one, budget in pairs]
@@ -287,16 +243,32 @@ class _Work:
             )
         return small, closed
 
-    def begin_best(self, mask: Mask, donors: Sequence[Donor]) -> tuple[Inheritance, nn.Module, ClosedForm]:
-        """The start that the plan asks for; of several, the one that the judging images are answered best by."""
-        plan = self.plan.inheritance
-        names: tuple[Inheritance, ...] = ("average", "backbone") if plan == "auto" else (plan,)
-        starts = [(name, *self.begin(mask, donors, name)) for name in names]
-        return min(starts, key=lambda start: start[2].judged or 0.0)
+    def choose(
+        self, lessons: Lessons, weights: Sequence[float], donors: Sequence[Donor], budgets: Sequence[Budget]
+    ) -> _Choice:
+        """Blend and inheritance as the plan has them; of several, those that judging images are answered best by."""
+        blends = (0.0, 1.0) if self.plan.blend is None else (self.plan.blend,)
+        asked = self.plan.inheritance
+        inheritances: tuple[Inheritance, ...] = ("average", "backbone") if asked == "auto" else (asked,)
+        own = self.own_scores() if any(blends) else None
+        best: _Choice | None = None
+        for blend in blends:
+            ballots, selections = self.elect(lessons, weights, budgets, own, blend)
+            place = min(range(len(budgets)), key=lambda number: selections[number].costs.parameters)
+            for inherited in inheritances:
+                model, closed = self.begin(selections[place].mask, donors, inherited)
+                if best is None or (closed.judged or 0.0) < (best.closed_form.judged or 0.0):
+                    best = _Choice(blend, inherited, ballots, selections, place, model, closed)
+        assert best is not None
+        return best
 
-    def finish(self, budget: Budget, ballot: Ballot, selection: Selection, donors: Sequence[Donor]) -> Sized:
+    def finish(self, budget: Budget, choice: _Choice, place: int, donors: Sequence[Donor]) -> Sized:
         """Extract, repair, fine-tune and evaluate the model of one budget."""
-        inherited, small, closed = self.begin_best(selection.mask, donors)
+        ballot, selection = choice.ballots[place], choice.selections[place]
+        if place == choice.place:
+            small, closed = choice.model, choice.closed_form
+        else:
+            small, closed = self.begin(selection.mask, donors, choice.inherited)
         with self.stage("evaluate", "evaluation"):
             start = evaluate(small, self.task.test, self.task.preprocessing)
         steps = self.plan.recipe.steps
@@ -318,7 +290,7 @@ class _Work:
             )
         with self.stage("evaluate", "evaluation"):
             final = evaluate(small, self.task.test, self.task.preprocessing) if training.best_step else start
-        return Sized(budget, small, selection, ballot, inherited, closed, training, start, final)
+        return Sized(budget, small, selection, ballot, closed, training, start, final)
 
 
 def _begin(

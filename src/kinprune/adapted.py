@@ -70,7 +70,7 @@ def _soft_scores(adapted: Adapted, sized: Sized) -> Scores:
     a unit is: the neighbours' mean soft scores, which break the votes' ties, stand for them.
     """
     ballot, plan = sized.ballot, adapted.plan
-    bare = plan.method == "mvp" and plan.blend == 0
+    bare = plan.method == "mvp" and adapted.blend == 0
     return normalise(adapted.space, ballot.ties[0] if bare else ballot.scores, plan.normalisation)
 
 
@@ -82,6 +82,8 @@ def summarise_adapted(adapted: Adapted) -> dict[str, Any]:
         "accuracy_dense": adapted.dense.accuracy,
         "whole": asdict(adapted.whole),
         "method": adapted.plan.method,
+        "blend": adapted.blend,
+        "inherited": adapted.inherited,
         "seconds": adapted.seconds,
         "seed": adapted.plan.recipe.seed,
         "versions": versions(),
@@ -111,7 +113,6 @@ def summarise_size(adapted: Adapted, sized: Sized) -> dict[str, Any]:
         "best_step": sized.training.best_step,
         "stopped": sized.training.stopped,
         "confusion": sized.final.confusion.tolist(),
-        "inherited": sized.inherited,
         "reconstructed": sized.closed_form.reconstructed,
     }
 

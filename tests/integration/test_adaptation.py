@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import kinprune as kp
-from kinprune.adaptation import AdaptPlan
+from kinprune.adapt_plan import AdaptPlan
 from kinprune.bank.backbone import load_bank_backbone
 from kinprune.building import Source, build, sample_sources
 from kinprune.calibration import head_inputs
@@ -85,14 +86,19 @@ def test_the_budget_is_met_by_the_model_itself(world: World, method: Any, inheri
 def test_auto_goes_on_with_the_start_that_answers_better(world: World) -> None:
     still = replace(QUICK, recipe=kp.Recipe(steps=0))
     budget = kp.Budget(keep=0.4)
-    average, backbone, auto = (
-        kp.adapt(world.task, world.bank, budget, replace(still, inheritance=name)).sizes[0]
-        for name in ("average", "backbone", "auto")
-    )
-    assert average.closed_form.judged is not None and backbone.closed_form.judged is not None
-    assert average.closed_form.judged != backbone.closed_form.judged
-    better = min((average, backbone), key=lambda sized: sized.closed_form.judged or 0.0)
-    assert auto.inherited == better.inherited and same(state_of(auto.model), state_of(better.model))
+    tried = [
+        kp.adapt(world.task, world.bank, budget, replace(still, inheritance=name, blend=blend))
+        for name, blend in product(("average", "backbone"), (0.0, 1.0))
+    ]
+    judged = [adapted.sizes[0].closed_form.judged for adapted in tried]
+    assert all(loss is not None for loss in judged) and len(set(judged)) == 4
+    better = tried[int(np.argmin(np.array(judged, dtype=np.float64)))]
+    both = [kp.Budget(keep=0.7), budget]
+    auto = kp.adapt(world.task, world.bank, both, replace(still, inheritance="auto", blend=None))
+    assert (auto.inherited, auto.blend) == (better.inherited, better.blend)
+    alone = kp.adapt(world.task, world.bank, both, better.plan)
+    for mine, other in zip(auto.sizes, alone.sizes, strict=True):
+        assert same(state_of(mine.model), state_of(other.model))
 
 
 def test_a_family_nests_and_shares_one_score_mask(world: World) -> None:
@@ -105,7 +111,7 @@ def test_a_family_nests_and_shares_one_score_mask(world: World) -> None:
 
 
 def test_one_neighbour_that_votes_gives_its_own_mask(world: World) -> None:
-    plan = replace(QUICK, method="mvp", search=Search(count=1), recipe=kp.Recipe(steps=0))
+    plan = replace(QUICK, method="mvp", search=Search(count=1), blend=0, recipe=kp.Recipe(steps=0))
     adapted = kp.adapt(world.task, world.bank, kp.Budget(keep=0.3), plan)
     kept = world.bank.lessons([adapted.neighbours[0].entry.id]).kept[0]
     assert np.array_equal(adapted.sizes[0].selection.mask.kept, kept)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import kinprune as kp
-from kinprune.adaptation import Adapted, AdaptPlan
+from kinprune.adapt_plan import AdaptPlan
+from kinprune.adaptation import Adapted
 from kinprune.adapted import adapted_artifact, adapted_record
 from kinprune.bank import Record, open_bank, read_record, verify, write_record
 from kinprune.building import Source, build, sample_sources

@@ -20,7 +20,7 @@ from PIL import Image
 
 import kinprune as kp
 from kinprune import quantities, report
-from kinprune.adaptation import AdaptPlan
+from kinprune.adapt_plan import AdaptPlan
 from kinprune.adapted import summarise_adapted
 from kinprune.building import Source, build, sample_sources
 from kinprune.evaluation import Evaluation

@@ -35,7 +35,7 @@ def adapt_command(
     weighting: own.Weighting = "softmax",
     temperature: own.Temperature = None,
     inherit: own.Inherit = "auto",
-    blend: own.Blend = 0.0,
+    blend: own.Blend = None,
     keep: pruning.Keep = None,
     sizes: own.Sizes = None,
     max_params: pruning.MaxParams = None,
@@ -71,7 +71,8 @@ def adapt_command(
     if ratios is None and keep is None and not given:
         raise BudgetError(pruning.no_budget("--keep 0.1, --sizes 0.5,0.2,0.1"))
     begin(device, threads)
-    from kinprune.adaptation import AdaptPlan, adapt, check_budgets
+    from kinprune.adapt_plan import AdaptPlan
+    from kinprune.adaptation import adapt, check_budgets
     from kinprune.bank import open_bank
     from kinprune.bank.backbone import bank_space, load_bank_backbone
     from kinprune.publishing import plan_destination, publish

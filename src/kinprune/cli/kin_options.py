@@ -80,12 +80,13 @@ Inherit = Annotated[
     ),
 ]
 Blend = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--blend",
         metavar="SHARE",
         rich_help_panel=KIN,
-        help="How much the task's own importance counts beside the neighbours', from 0 to 1.",
+        help="How much the task's own importance counts beside the neighbours', from 0 to 1. [default: the "
+        "better one of 0 and 1 in closed form]",
     ),
 ]
 Vote = Annotated[

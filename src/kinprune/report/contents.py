@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from kinprune import quantities
-from kinprune.adaptation import Adapted, AdaptPlan
+from kinprune.adapt_plan import AdaptPlan
+from kinprune.adaptation import Adapted
 from kinprune.delivery import versions
 from kinprune.report.answers import Answers, Matrix, matrix_of, sample_answers
 from kinprune.report.curves import Chart, family_charts, learning_charts
