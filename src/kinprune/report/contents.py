@@ -32,6 +32,11 @@ METHODS = {
     "smsp": "one score mask of the neighbours' soft scores, cut to every size (SMSP)",
     "mvp": "a vote of the neighbours on the units of each size (MVP)",
 }
+WEIGHTS = {
+    "average": "the mean of the neighbours' that kept them, the backbone's where none did",
+    "nearest": "the nearest neighbour's, the backbone's where it has none",
+    "backbone": "the backbone's",
+}
 SEARCHES = {
     "nearest": "the nearest source tasks by {measure}",
     "farthest": "the farthest source tasks by {measure}, a control",
@@ -77,7 +82,8 @@ class Contents:
     backbone: str
     classes: tuple[ClassCard, ...]
     images: tuple[int, int]
-    method: str
+    units: str
+    weights: str
     search: str
     measure: str
     dense_accuracy: float
@@ -114,7 +120,8 @@ def contents_of(
         backbone=adapted.backbone.spec.name,
         classes=target_classes(task),
         images=(len(task.train), len(task.test)),
-        method=METHODS[adapted.plan.method],
+        units=_units_from(adapted),
+        weights=WEIGHTS[adapted.inherited],
         search=SEARCHES[search.which].format(measure=search.measure),
         measure=search.measure,
         dense_accuracy=adapted.dense.accuracy,
@@ -133,6 +140,14 @@ def contents_of(
         answers=sample_answers(adapted.sizes[least], task, adapted.plan.recipe.seed),
         making=_making(adapted, rows),
     )
+
+
+def _units_from(adapted: Adapted) -> str:
+    own = f"the task's own importance ({adapted.plan.criterion})"
+    if adapted.blend == 1:
+        return f"{own}, asked for alone" if adapted.plan.blend == 1 else f"{own}, by which the start was better"
+    kin = METHODS[adapted.plan.method]
+    return kin if adapted.blend == 0 else f"{kin}, and by {quantities.percent(adapted.blend)} from {own}"
 
 
 def _matrices(adapted: Adapted, task: DecodedTask, rows: Sequence[SizeRow], least: int) -> tuple[Matrix, ...]:
