@@ -180,10 +180,8 @@ def begin(method: str, task: kp.DecodedTask, bank: Bank, backbone: kp.Backbone, 
     adapted = adapt(task, bank, budget, plan, backbone=backbone)
     sized = adapted.sizes[0]
     seconds = time.perf_counter() - started
-    dense, accuracy = adapted.dense.accuracy, sized.start.accuracy
-    return Start(
-        sized.model, sized.closed_form, dense, accuracy, f"{adapted.inherited}, blend {adapted.blend:g}", seconds
-    )
+    way = f"{sized.inherited}, {adapted.voters} voters, blend {adapted.blend:g}"
+    return Start(sized.model, sized.closed_form, adapted.dense.accuracy, sized.start.accuracy, way, seconds)
 
 
 def train(start: Start, task: kp.DecodedTask, teacher: nn.Module) -> dict[str, float]:

@@ -29,17 +29,21 @@ from kinprune.tasks import DecodedTask, Split
 from kinprune.training import TrainingResult, fine_tune, hold_back
 from kinprune.transferability import Target
 from kinprune.units import Costs, Mask, UnitSpace, extract
-from kinprune.voting import Ballot, ballot_mvp, ballot_smsp, neighbour_weights
+from kinprune.voting import Ballot, ballot_mvp, ballot_ranking, ballot_smsp, neighbour_weights
 
 
 @dataclass(frozen=True, eq=False)
 class Sized:
-    """The model for one budget: ``start`` in closed form before any step, ``final`` after them, on the test images."""
+    """The model for one budget: ``start`` in closed form before any step, ``final`` after them, on the test images.
+
+    ``inherited`` is where its weights come from: the plan's inheritance, or what *auto* came to.
+    """
 
     budget: Budget
     model: nn.Module
     selection: Selection
     ballot: Ballot
+    inherited: Inheritance
     closed_form: ClosedForm
     training: TrainingResult
     start: Evaluation
@@ -50,8 +54,8 @@ class Sized:
 class Adapted:
     """What adapting gave: a model for each budget, and who they were learnt from.
 
-    ``weights`` says how much each of the ``neighbours`` counted, ``blend`` and ``inherited`` what the plan's blend and
-    inheritance came to. ``whole_model`` is the backbone with a closed-form
+    ``weights`` says how much each of the ``neighbours`` counted, ``voters`` how many of them voted, and ``blend``
+    what the plan's blend came to. ``whole_model`` is the backbone with a closed-form
     head, ``dense`` what it answers on the test images and ``whole`` its costs. ``seconds`` is by stage.
     """
 
@@ -62,8 +66,8 @@ class Adapted:
     whole: Costs
     neighbours: tuple[Neighbour, ...]
     weights: tuple[float, ...]
+    voters: int
     blend: float
-    inherited: Inheritance
     probe: Probe
     whole_model: nn.Module
     dense: Evaluation
@@ -114,8 +118,8 @@ def adapt(
         work.space.cost(work.space.whole_mask()),
         tuple(neighbours),
         tuple(weights),
-        choice.blend,
-        choice.inherited,
+        choice.trial.voters,
+        choice.trial.blend,
         work.probe,
         work.dense,
         dense,
@@ -129,17 +133,38 @@ def check_budgets(space: UnitSpace, budgets: Sequence[Budget], plan: AdaptPlan) 
         select(space, np.zeros(len(space)), budget, multiple=plan.multiple)
 
 
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """What was chosen for all sizes, and the start of the smallest, at ``place`` among them, that it was chosen by."""
+@dataclass(frozen=True)
+class _Trial:
+    """A way to a model: how many of the neighbours vote, the target's own share in it, and whose weights are taken."""
 
+    voters: int
     blend: float
     inherited: Inheritance
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """A model in closed form, with weights from where ``inherited`` says."""
+
+    inherited: Inheritance
+    model: nn.Module
+    closed_form: ClosedForm
+
+    @property
+    def judged(self) -> float:
+        """How well images that had no part in it are answered; equal where nothing can be said."""
+        return self.closed_form.judged or 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """The way that was chosen for all sizes, and the start of the smallest, at ``place``, that it was chosen by."""
+
+    trial: _Trial
     ballots: Sequence[Ballot]
     selections: Sequence[Selection]
     place: int
-    model: nn.Module
-    closed_form: ClosedForm
+    start: _Start
 
 
 @dataclass(eq=False)
@@ -193,17 +218,21 @@ class _Work:
             return self.bank.lessons([neighbour.entry.id for neighbour in neighbours])
 
     def elect(
-        self, lessons: Lessons, weights: Sequence[float], budgets: Sequence[Budget], own: Scores | None, blend: float
+        self, lessons: Lessons, weights: Sequence[float], budgets: Sequence[Budget], own: Scores | None, trial: _Trial
     ) -> tuple[list[Ballot], list[Selection]]:
         """A ballot and a selection for each budget; with SMSP one ballot serves all, and the selections nest."""
-        plan, space, shares = self.plan, self.space, np.array(weights)
+        plan, space, blend = self.plan, self.space, trial.blend
+        rankings, scores = lessons.rankings[: trial.voters], lessons.scores[: trial.voters]
+        shares = np.array(weights[: trial.voters])
         how = {name: getattr(plan, name) for name in ("allocation", "normalisation", "multiple")}
         with self.stage("vote", "vote"):
             if plan.method == "smsp":
-                ballot = ballot_smsp(space, lessons.scores, shares, own=own, share=blend)
-                family = select_family(space, ballot.scores, budgets, ties=ballot.ties, **how)
-                return [ballot] * len(budgets), family
-            rankings, scores = lessons.rankings, lessons.scores
+                ballot = (
+                    ballot_ranking(space, rankings[0])
+                    if trial.voters == 1 and blend == 0
+                    else ballot_smsp(space, scores, shares, own=own, share=blend)
+                )
+                return [ballot] * len(budgets), select_family(space, ballot.scores, budgets, ties=ballot.ties, **how)
             mixed: dict[str, Any] = {"own": own, "share": blend, "multiple": plan.multiple}
             ballots = [ballot_mvp(space, rankings, scores, shares, budget, **mixed) for budget in budgets]
             pairs = zip(ballots, budgets, strict=True)
@@ -221,11 +250,15 @@ class _Work:
                 for neighbour, kept, weight in asked
             ]
 
-    def begin(self, mask: Mask, donors: Sequence[Donor], inherited: Inheritance) -> tuple[nn.Module, ClosedForm]:
+    def begin(self, mask: Mask, donors: Sequence[Donor], inherited: Inheritance) -> _Start:
         """Extract a model with the weights it inherits, and bring it to its start in closed form."""
-        trained = inherited != "backbone"
+        given = {"backbone": 0, "nearest": 1}.get(inherited, len(donors))
         with self.stage("inherit", "extraction"):
-            small = inherit(self.dense, self.space, mask, donors) if trained else extract(self.dense, self.space, mask)
+            small = (
+                inherit(self.dense, self.space, mask, donors[:given])
+                if given
+                else extract(self.dense, self.space, mask)
+            )
             lay_out(small)
         with self.stage("closed form", "closed form"):
             closed = repair(
@@ -237,38 +270,55 @@ class _Work:
                 self.task.preprocessing,
                 head=self.backbone.head,
                 reconstruct=self.plan.reconstruct,
-                trained=trained,
+                trained=given > 0,
                 method=self.plan.head,
                 seed=self.plan.recipe.seed,
             )
-        return small, closed
+        return _Start(inherited, small, closed)
+
+    def trials(self, neighbours: int) -> tuple[_Trial, ...]:
+        """The ways that the plan leaves open."""
+        plan = self.plan
+        if plan.inheritance != "auto":
+            blends = (0.0, 1.0) if plan.blend is None else (plan.blend,)
+            return tuple(_Trial(neighbours, blend, plan.inheritance) for blend in blends)
+        kin = 0.0 if plan.blend is None else plan.blend
+        found = [_Trial(neighbours, kin, "average"), _Trial(neighbours, kin, "backbone")]
+        if plan.blend is None and plan.search.which == "nearest":
+            found += [_Trial(1, 0.0, "nearest"), _Trial(neighbours, 1.0, "backbone")]
+        return tuple(found)
 
     def choose(
         self, lessons: Lessons, weights: Sequence[float], donors: Sequence[Donor], budgets: Sequence[Budget]
     ) -> _Choice:
-        """Blend and inheritance as the plan has them; of several, those that judging images are answered best by."""
-        blends = (0.0, 1.0) if self.plan.blend is None else (self.plan.blend,)
-        asked = self.plan.inheritance
-        inheritances: tuple[Inheritance, ...] = ("average", "backbone") if asked == "auto" else (asked,)
-        own = self.own_scores() if any(blends) else None
+        """Of the ways that are open, the one whose smallest model answers best in closed form."""
+        trials = self.trials(len(weights))
+        own = self.own_scores() if any(trial.blend for trial in trials) else None
         best: _Choice | None = None
-        for blend in blends:
-            ballots, selections = self.elect(lessons, weights, budgets, own, blend)
+        for trial in trials:
+            ballots, selections = self.elect(lessons, weights, budgets, own, trial)
             place = min(range(len(budgets)), key=lambda number: selections[number].costs.parameters)
-            for inherited in inheritances:
-                model, closed = self.begin(selections[place].mask, donors, inherited)
-                if best is None or (closed.judged or 0.0) < (best.closed_form.judged or 0.0):
-                    best = _Choice(blend, inherited, ballots, selections, place, model, closed)
+            start = self.begin(selections[place].mask, donors, trial.inherited)
+            if best is None or start.judged < best.start.judged:
+                best = _Choice(trial, ballots, selections, place, start)
         assert best is not None
         return best
+
+    def start_of(self, choice: _Choice, place: int, donors: Sequence[Donor]) -> _Start:
+        """The start of the size at ``place``: neighbours' weights are of small models, and may not suit larger ones."""
+        if place == choice.place:
+            return choice.start
+        names: tuple[Inheritance, ...] = (choice.trial.inherited,)
+        if self.plan.inheritance == "auto" and choice.trial.blend < 1:
+            names = ("nearest" if choice.trial.inherited == "nearest" else "average", "backbone")
+        mask = choice.selections[place].mask
+        return min((self.begin(mask, donors, name) for name in names), key=lambda start: start.judged)
 
     def finish(self, budget: Budget, choice: _Choice, place: int, donors: Sequence[Donor]) -> Sized:
         """Extract, repair, fine-tune and evaluate the model of one budget."""
         ballot, selection = choice.ballots[place], choice.selections[place]
-        if place == choice.place:
-            small, closed = choice.model, choice.closed_form
-        else:
-            small, closed = self.begin(selection.mask, donors, choice.inherited)
+        begun = self.start_of(choice, place, donors)
+        small, closed = begun.model, begun.closed_form
         with self.stage("evaluate", "evaluation"):
             start = evaluate(small, self.task.test, self.task.preprocessing)
         steps = self.plan.recipe.steps
@@ -290,7 +340,7 @@ class _Work:
             )
         with self.stage("evaluate", "evaluation"):
             final = evaluate(small, self.task.test, self.task.preprocessing) if training.best_step else start
-        return Sized(budget, small, selection, ballot, closed, training, start, final)
+        return Sized(budget, small, selection, ballot, begun.inherited, closed, training, start, final)
 
 
 def _begin(

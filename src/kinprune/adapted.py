@@ -83,7 +83,7 @@ def summarise_adapted(adapted: Adapted) -> dict[str, Any]:
         "whole": asdict(adapted.whole),
         "method": adapted.plan.method,
         "blend": adapted.blend,
-        "inherited": adapted.inherited,
+        "voters": adapted.voters,
         "seconds": adapted.seconds,
         "seed": adapted.plan.recipe.seed,
         "versions": versions(),
@@ -113,6 +113,7 @@ def summarise_size(adapted: Adapted, sized: Sized) -> dict[str, Any]:
         "best_step": sized.training.best_step,
         "stopped": sized.training.stopped,
         "confusion": sized.final.confusion.tolist(),
+        "inherited": sized.inherited,
         "reconstructed": sized.closed_form.reconstructed,
     }
 

@@ -191,6 +191,17 @@ def ballot_smsp(
     return Ballot(scores, () if own is None else (own,))
 
 
+def ballot_ranking(space: UnitSpace, ranking: NDArray[np.integer[Any]]) -> Ballot:
+    """One neighbour's ranking ``[u]`` alone, for every budget: at its own keep ratio it gives back its own units.
+
+    Its soft scores would not: a unit's last importance is of the round that it left in. Raises ImportanceError for a
+    ranking of another space.
+    """
+    if ranking.shape != (len(space),):
+        raise ImportanceError(f"the ranking has the shape {ranking.shape}, expected ({len(space)},)")
+    return Ballot(1 - (ranking + 0.5) / space.sizes[space.group_of], ())
+
+
 def _rank_scores(space: UnitSpace, values: Scores) -> Scores:
     """Exponential rank scores of each group, tied units their mean."""
     order = np.lexsort((-values, space.group_of))

@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +82,40 @@ def test_the_budget_is_met_by_the_model_itself(world: World, method: Any, inheri
     assert len(adapted.neighbours) == 3 and sum(adapted.weights) == pytest.approx(1)
 
 
-def test_auto_goes_on_with_the_start_that_answers_better(world: World) -> None:
+def test_what_is_left_open_goes_the_way_that_answers_best(world: World) -> None:
     still = replace(QUICK, recipe=kp.Recipe(steps=0))
     budget = kp.Budget(keep=0.4)
-    tried = [
-        kp.adapt(world.task, world.bank, budget, replace(still, inheritance=name, blend=blend))
-        for name, blend in product(("average", "backbone"), (0.0, 1.0))
+    ways = [
+        replace(still, inheritance="average", blend=0.0),
+        replace(still, inheritance="backbone", blend=0.0),
+        replace(still, inheritance="nearest", blend=0.0, search=Search(count=1)),
+        replace(still, inheritance="backbone", blend=1.0),
     ]
+    tried = [kp.adapt(world.task, world.bank, budget, way) for way in ways]
     judged = [adapted.sizes[0].closed_form.judged for adapted in tried]
     assert all(loss is not None for loss in judged) and len(set(judged)) == 4
-    better = tried[int(np.argmin(np.array(judged, dtype=np.float64)))]
-    both = [kp.Budget(keep=0.7), budget]
-    auto = kp.adapt(world.task, world.bank, both, replace(still, inheritance="auto", blend=None))
-    assert (auto.inherited, auto.blend) == (better.inherited, better.blend)
-    alone = kp.adapt(world.task, world.bank, both, better.plan)
-    for mine, other in zip(auto.sizes, alone.sizes, strict=True):
-        assert same(state_of(mine.model), state_of(other.model))
+    best = tried[int(np.argmin(np.array(judged, dtype=np.float64)))]
+    auto = kp.adapt(world.task, world.bank, budget, replace(still, inheritance="auto", blend=None))
+    assert (auto.voters, auto.blend) == (best.voters, best.blend)
+    assert auto.sizes[0].inherited == best.sizes[0].inherited
+    assert same(state_of(auto.sizes[0].model), state_of(best.sizes[0].model))
+
+
+def test_a_larger_model_takes_the_weights_that_suit_it(world: World) -> None:
+    plan = replace(QUICK, inheritance="auto", blend=0.0, recipe=kp.Recipe(steps=0))
+    for sized in kp.adapt(world.task, world.bank, [kp.Budget(keep=0.8), kp.Budget(keep=0.3)], plan).sizes:
+        judged = {
+            name: kp.adapt(world.task, world.bank, sized.budget, replace(plan, inheritance=name)).sizes[0].closed_form
+            for name in ("average", "backbone")
+        }
+        assert sized.closed_form.judged == min(closed.judged or 0.0 for closed in judged.values())
+
+
+def test_one_neighbour_gives_its_own_units_by_a_score_mask_too(world: World) -> None:
+    plan = replace(QUICK, search=Search(count=1), blend=0, inheritance="nearest", recipe=kp.Recipe(steps=0))
+    adapted = kp.adapt(world.task, world.bank, kp.Budget(keep=0.3), plan)
+    kept = world.bank.lessons([adapted.neighbours[0].entry.id]).kept[0]
+    assert adapted.voters == 1 and np.array_equal(adapted.sizes[0].selection.mask.kept, kept)
 
 
 def test_a_family_nests_and_shares_one_score_mask(world: World) -> None:

@@ -15,6 +15,7 @@ from kinprune.voting import (
     FAINTEST,
     Ballot,
     ballot_mvp,
+    ballot_ranking,
     ballot_smsp,
     blend,
     counts_for,
@@ -287,3 +288,18 @@ def test_bad_counts_blends_and_soft_scores_are_refused(space: UnitSpace) -> None
         blend(space, np.zeros(3), np.zeros(12), 0.1)
     with pytest.raises(UnitError, match=r"shape \(3, 4\), expected \(3, 12\)"):
         score_mask(space, SOFT[:, :4], WEIGHTS)
+
+
+# --- one ranking alone
+
+
+def test_a_ranking_alone_gives_back_its_own_units_at_every_ratio(space: UnitSpace) -> None:
+    generator = np.random.default_rng(3)
+    ranking = np.concatenate([generator.permutation(size) for size in space.sizes])
+    ballot = ballot_ranking(space, ranking)
+    for keep in (0.1, 0.34, 0.5, 1.0):
+        budget = Budget(keep=keep)
+        kept = select(space, ballot.scores, budget, ties=ballot.ties).mask.kept
+        assert np.array_equal(kept, ranking < counts_for(space, budget)[space.group_of])
+    with pytest.raises(ImportanceError, match="shape"):
+        ballot_ranking(space, ranking[1:])

@@ -76,7 +76,7 @@ Inherit = Annotated[
         metavar="NAME",
         rich_help_panel=KIN,
         help="Where the kept units' weights come from: average (of the neighbours that kept them), nearest, backbone; "
-        "auto takes the better one of average and backbone in closed form.",
+        "auto takes what answers best in closed form.",
     ),
 ]
 Blend = Annotated[

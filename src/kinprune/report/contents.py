@@ -121,7 +121,7 @@ def contents_of(
         classes=target_classes(task),
         images=(len(task.train), len(task.test)),
         units=_units_from(adapted),
-        weights=WEIGHTS[adapted.inherited],
+        weights=WEIGHTS[adapted.sizes[least].inherited],
         search=SEARCHES[search.which].format(measure=search.measure),
         measure=search.measure,
         dense_accuracy=adapted.dense.accuracy,
@@ -146,6 +146,8 @@ def _units_from(adapted: Adapted) -> str:
     own = f"the task's own importance ({adapted.plan.criterion})"
     if adapted.blend == 1:
         return f"{own}, asked for alone" if adapted.plan.blend == 1 else f"{own}, by which the start was better"
+    if adapted.voters == 1:
+        return "the nearest neighbour's ranking"
     kin = METHODS[adapted.plan.method]
     return kin if adapted.blend == 0 else f"{kin}, and by {quantities.percent(adapted.blend)} from {own}"
 
