@@ -255,7 +255,7 @@ class _Work:
         given = {"backbone": 0, "nearest": 1}.get(inherited, len(donors))
         with self.stage("inherit", "extraction"):
             small = (
-                inherit(self.dense, self.space, mask, donors[:given])
+                inherit(self.dense, self.space, mask, donors[:given], quiet=True)
                 if given
                 else extract(self.dense, self.space, mask)
             )

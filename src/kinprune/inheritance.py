@@ -50,14 +50,22 @@ class _Entry:
 
 
 def inherit(
-    model: nn.Module, space: UnitSpace, mask: Mask, donors: Sequence[Donor], *, average: bool = True
+    model: nn.Module,
+    space: UnitSpace,
+    mask: Mask,
+    donors: Sequence[Donor],
+    *,
+    average: bool = True,
+    quiet: bool = False,
 ) -> nn.Module:
     """The sub-network of ``mask``, like ``extract``, with weights from neighbours' pruned models.
 
     Parameters and persistent floating-point buffers are inherited, except the classifier's (``space.head``). Entries
     are averaged in double precision with weights renormalised over the donors that have them; the result depends on
     no order of the donors, bit for bit, and keeps the model's types and devices. ``average=False`` takes only the
-    donor of the largest weight, and the backbone elsewhere.
+    donor of the largest weight, and the backbone elsewhere. With ``quiet`` a unit that no donor has is not heard at
+    first by outputs that a donor has: its weights there are 0, for they were trained without it. A larger model than
+    the donor's then answers as the donor's does, until it is repaired or trained.
 
     Raises:
         UnitError: the mask is not of this space; there is no donor; a donor is of another space, lacks a tensor, has
@@ -77,7 +85,7 @@ def inherit(
         for entry in entries:
             target = tensors[entry.names[0]]
             given = [entry.find(donor) for donor in donors]
-            target.copy_(_mean(target, entry, given, weights, maps))
+            target.copy_(_mean(target, entry, given, weights, maps, quiet))
     return small
 
 
@@ -104,26 +112,41 @@ class _Map:
 
 
 def _mean(
-    target: Tensor, entry: _Entry, given: Sequence[Tensor | None], weights: Sequence[float], maps: Sequence[_Map]
+    target: Tensor,
+    entry: _Entry,
+    given: Sequence[Tensor | None],
+    weights: Sequence[float],
+    maps: Sequence[_Map],
+    quiet: bool,
 ) -> Tensor:
-    """The weighted mean over the donors that have each entry of ``target``, and its own value where none has."""
+    """The weighted mean over the donors that have each entry of ``target``, and its own value where none has.
+
+    Where none has it though one has its output (dimension 0), it is 0 with ``quiet``.
+    """
     total = torch.zeros(target.shape, dtype=torch.float64)
     # The weight present is the same along dimensions that nothing cuts: it is kept at length one there.
     present = torch.zeros([1] * target.dim(), dtype=torch.float64)
+    heard = torch.zeros([1] * target.dim(), dtype=torch.bool)
     for tensor, weight, places in zip(given, weights, maps, strict=True):
         assert tensor is not None, "checked before"
         values = tensor.detach().cpu()
         share = torch.full([1] * target.dim(), weight, dtype=torch.float64)
+        output = torch.ones([1] * target.dim(), dtype=torch.bool)
         for dimension, layout in enumerate(entry.layouts):
             found = places.places(layout) if groups(layout) else None
             if found is None:
                 continue
             indices, has = found
             values = values.index_select(dimension, indices)
-            share = share * has.view([-1 if place == dimension else 1 for place in range(target.dim())])
+            here = has.view([-1 if place == dimension else 1 for place in range(target.dim())])
+            share = share * here
+            output = here if dimension == 0 else output
         total.addcmul_(values.double(), share)
         present = present + share
+        heard = heard | output
     own = target.detach().cpu().double()
+    if quiet:
+        own = torch.where(heard, 0.0, own)
     return torch.where(present > 0, total / present.clamp(min=LEAST), own)
 
 

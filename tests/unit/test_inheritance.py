@@ -424,3 +424,24 @@ def test_large_finite_numbers_are_no_infinity() -> None:
     tensors = {"first.weight": torch.full((4, 3), 1e308, dtype=torch.float64), "second.weight": torch.ones(3, 4)}
     small = inherit(model.double(), space, mask, [Donor(mask, tensors, 1.0)])
     assert torch.equal(small.first.weight, tensors["first.weight"])
+
+
+@pytest.mark.parametrize("name", ["depthwise", "tied", "vit"])
+def test_a_larger_model_that_is_quiet_answers_as_its_donor(name: str) -> None:
+    model, space = built(name)
+    model.double()
+    large, small = draw(space, 8), draw(space, 9)
+    small = Mask(small.kept & large.kept, space.fingerprint)
+    for few, many in zip(space.split(small.kept), space.split(large.kept), strict=True):
+        few[np.flatnonzero(many)[0]] = True
+    assert small.kept.sum() < large.kept.sum()
+    own = scatter(extract(model, space, small), 4)
+    tensors = {name: tensor for name, tensor in own.state_dict().items() if not name.startswith("head.")}
+    quiet, loud = (inherit(model, space, large, [Donor(small, tensors, 1.0)], quiet=quiet) for quiet in (True, False))
+    for one in (quiet, loud):
+        one.get_submodule("head").load_state_dict(own.get_submodule("head").state_dict())
+    side = MODELS[name][1]
+    images = torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = own.eval()(images)
+    torch.testing.assert_close(quiet.eval()(images), expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(loud.eval()(images), expected, rtol=1e-3)

@@ -139,7 +139,7 @@ def _print_sizes(summary: dict[str, Any]) -> None:
     timed = "latency_ms" in summary
     table = Table()
     table.add_column("", no_wrap=True)
-    for name in ("closed form", "fine-tuned", "parameters", "MACs", "weights", *(["ONNX Runtime"] if timed else [])):
+    for name in ("start", "tuned", "params", "MACs", "weights", *(["latency"] if timed else [])):
         table.add_column(name, justify="right", no_wrap=True)
 
     def cells(costs: dict[str, int], row: dict[str, Any]) -> tuple[str, ...]:
@@ -153,6 +153,8 @@ def _print_sizes(summary: dict[str, Any]) -> None:
         table.add_row(name, *accuracy, *cells(sized["costs"], sized))
     shown = console()
     shown.print(table)
+    told = "; latency: one image in ONNX Runtime, one thread" if timed else ""
+    shown.print(f"Accuracy on the test images: start in closed form, tuned after fine-tuning{told}.")
     for sized in summary["sizes"]:
         if sized["note"]:
             shown.print(f"Note: {sized['note']}.")
