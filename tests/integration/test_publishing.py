@@ -114,3 +114,28 @@ def test_a_destination_is_refused_before_any_work(tmp_path: Path, monkeypatch: p
     assert plan_destination(tmp_path / "new").onnx is False
     with pytest.raises(ExportError, match=r"pip install .kinprune\[onnx\]"):
         plan_destination(tmp_path / "new", onnx=True)
+
+
+def test_ctrl_c_while_saving_leaves_whole_files_and_says_so(
+    family: Family, kinprune: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*given: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    words = ("adapt", family.data, "--bank", family.bank, "--sizes", "0.6,0.3", "--steps", "0", "--no-onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr("kinprune.publishing.write_report", interrupt)
+        result = kinprune(*words, "--out", tmp_path / "out")
+    assert result.exit_code == 130 and "is whole, --overwrite completes it" in " ".join(result.stderr.split())
+    assert kp.load(tmp_path / "out" / "keep-0.3").classes == ("apple", "pear", "plum")
+    assert not (tmp_path / "out" / "report.html").exists()
+    assert kinprune(*words, "--out", tmp_path / "out", "--overwrite").exit_code == 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_one_image_a_class_is_enough(family: Family, kinprune: Cli, tmp_path: Path) -> None:
+    words = ("adapt", family.data, "--bank", family.bank, "--shots", "1", "--keep", "0.3", "--steps", "2", "--no-onnx")
+    result = kinprune(*words, "--out", tmp_path / "one", "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert 0 <= said["sizes"][0]["accuracy"] <= 1 and len(said["sizes"][0]["losses"]) == 2

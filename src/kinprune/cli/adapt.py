@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from kinprune.cli import kin_options as own
 from kinprune.cli import options as shared
@@ -117,20 +122,30 @@ def adapt_command(
         samples: dict[str, Tensor] = {}
         for source in shown:
             samples |= decode_samples(source, asked, backbone.preprocessing)
-        published = publish(
-            adapted,
-            decoded,
-            opened.header,
-            destination,
-            samples=samples,
-            on_stage=lambda stage: on_step(stage, 0, 0),
-        )
+        with _saying_what_is_there(out):
+            published = publish(
+                adapted,
+                decoded,
+                opened.header,
+                destination,
+                samples=samples,
+                on_stage=lambda stage: on_step(stage, 0, 0),
+            )
     summary = {"task": task.name, "bank": len(opened), **published}
     if json:
         return summary
     print_kin(summary["neighbours"], measure)
     _print_sizes(summary)
     return None
+
+
+@contextmanager
+def _saying_what_is_there(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        say(f"kinprune: interrupted while saving; what is in {out} is whole, --overwrite completes it")
+        raise typer.Exit(130) from interrupt
 
 
 def _print_sizes(summary: dict[str, Any]) -> None:
