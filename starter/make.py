@@ -3,7 +3,7 @@
     python starter/make.py --weights vit_tiny_patch16_224.safetensors --cifar100 DIR --omniglot DIR --signs DIR
 
 The model's weights are rounded to half precision first, so that the bank holds them in half the bytes without changing
-a number. Run again, it goes on where it stopped. It takes about fifteen minutes on two cores.
+a number. Run again, it goes on where it stopped. It takes about half an hour on two cores.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,3 +140,20 @@ def test_one_image_a_class_is_enough(family: Family, kinprune: Cli, tmp_path: Pa
     assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
     assert 0 <= said["sizes"][0]["accuracy"] <= 1 and len(said["sizes"][0]["losses"]) == 2
+
+
+def test_images_of_kin_are_shown_and_damaged_ones_refused_before_any_work(
+    family: Family, kinprune: Cli, tmp_path: Path
+) -> None:
+    known = tmp_path / "known"
+    shutil.copytree(family.bank.parent / "known", known)
+    words = ("adapt", family.data, "--bank", family.bank, "--keep", "0.3", "--steps", "0", "--no-onnx")
+    plain = kinprune(*words, "--out", tmp_path / "plain")
+    shown = kinprune(*words, "--out", tmp_path / "shown", "--kin-data", known)
+    assert plain.exit_code == shown.exit_code == 0, shown.stderr
+    pictures = [(tmp_path / name / "report.html").read_text().count("data:image/") for name in ("plain", "shown")]
+    assert pictures[1] > pictures[0]
+    for path in (known / "ant").iterdir():
+        path.write_bytes(b"no image")
+    refused = kinprune(*words, "--out", tmp_path / "refused", "--kin-data", known)
+    assert refused.exit_code == 2 and "ant" in refused.stderr and not (tmp_path / "refused").exists()

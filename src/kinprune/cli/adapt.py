@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,10 @@ from kinprune.quantities import byte_count, count
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kinprune.bank import Bank
+    from kinprune.preprocessing import Preprocessing
+    from kinprune.tasks import Task
 
 
 @guarded
@@ -81,7 +85,7 @@ def adapt_command(
     from kinprune.bank import open_bank
     from kinprune.bank.backbone import bank_space, load_bank_backbone
     from kinprune.publishing import plan_destination, publish
-    from kinprune.tasks import decode, decode_samples
+    from kinprune.tasks import decode
     from kinprune.voting import TEMPERATURE
 
     destination = plan_destination(out, ratios, overwrite=overwrite, onnx=onnx)
@@ -106,7 +110,7 @@ def adapt_command(
     task = shared.load_data(
         data, classes, shots, test_fraction, image_column=image_column, label_column=label_column, seed=seed
     )
-    shown = [
+    pictured = [
         shared.load_data(source, None, None, 0.2, image_column=image_column, label_column=label_column, seed=seed)
         for source in kin_data or []
     ]
@@ -115,13 +119,10 @@ def adapt_command(
     budgets = [pruning.budget_of(ratio, given, space.cost(space.whole_mask())) for ratio in (ratios or (keep,))]
     check_budgets(space, budgets, plan)
     say(f"{task.name}: {len(task.train):,} training and {len(task.test):,} test images of {len(task.classes)} classes")
+    samples = _samples(opened, pictured, backbone.preprocessing)
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
     with stage_bar() as on_step:
         adapted = adapt(decoded, opened, budgets, plan, backbone=backbone, space=space, device=device, on_step=on_step)
-        asked = {name for neighbour in adapted.neighbours for name in neighbour.entry.classes}
-        samples: dict[str, Tensor] = {}
-        for source in shown:
-            samples |= decode_samples(source, asked, backbone.preprocessing)
         with _saying_what_is_there(out):
             published = publish(
                 adapted,
@@ -137,6 +138,19 @@ def adapt_command(
     print_kin(summary["neighbours"], measure)
     _print_sizes(summary)
     return None
+
+
+def _samples(bank: Bank, sources: Sequence[Task], preprocessing: Preprocessing) -> dict[str, Tensor]:
+    """An image of each class that both the bank and the sources have: read before any work, for one may be damaged."""
+    from kinprune.tasks import decode_samples
+
+    if not sources:
+        return {}
+    known = {name for entry in bank.entries() for name in entry.classes}
+    found: dict[str, Tensor] = {}
+    for source in sources:
+        found |= decode_samples(source, known, preprocessing)
+    return found
 
 
 @contextmanager
