@@ -1,0 +1,64 @@
+"""What rows say: means, and paired differences over tasks with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean of paired differences with its 95 % interval, in points, over ``tasks`` tasks."""
+
+    mean: float
+    low: float
+    high: float
+    tasks: int
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+def merge(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the same run made one: what was trained for other numbers of steps later joins its row."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["protocol"], row["stage"], *row["classes"], row["method"], row["keep"], row["shots"], row["sources"])
+        if key in found:
+            earlier = found[key]
+            seconds = {**earlier.get("seconds", {}), **row.get("seconds", {})}
+            found[key] = {**earlier, "accuracy": {**earlier["accuracy"], **row["accuracy"]}, "seconds": seconds}
+        else:
+            found[key] = dict(row)
+    return list(found.values())
+
+
+def accuracies(rows: Sequence[Row], method: str, steps: int) -> dict[tuple[Any, ...], float]:
+    """A method's test accuracy after so many steps, by task, keep ratio, shots and sources hidden or not."""
+    return {
+        (tuple(row["classes"]), row["keep"], row["shots"]): row["accuracy"][str(steps)]
+        for row in rows
+        if row["method"] == method and str(steps) in row["accuracy"]
+    }
+
+
+def difference(first: Mapping[Any, float], second: Mapping[Any, float]) -> Difference | None:
+    """``first`` minus ``second`` over the tasks that both have; None where there is none."""
+    both = sorted(first.keys() & second.keys())
+    if not both:
+        return None
+    values = 100 * np.array([first[task] - second[task] for task in both])
+    drawn = np.random.default_rng(0).choice(values, (DRAWS, len(values))).mean(1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Difference(float(values.mean()), float(low), float(high), len(both))

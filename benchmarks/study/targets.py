@@ -1,0 +1,69 @@
+"""Target tasks: drawn once from their seeds, apart for validation and test, and decoded when they are run."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+import kinprune as kp
+from benchmarks.study.protocol import Targets
+from kinprune.bank import Bank
+from kinprune.bank.backbone import bank_space, load_bank_backbone
+from kinprune.calibration import head_inputs, solve_probe
+from kinprune.evaluation import lay_out
+from kinprune.tasks import Split
+from kinprune.training import Recipe, hold_back
+
+
+@dataclass(frozen=True, eq=False)
+class TargetTask:
+    """A task ready to run: ``dense`` is the whole model with a closed-form head, every method's teacher.
+
+    ``fit`` is what methods learn from and ``guard`` what guards their fine-tuning; ``task.test`` is only evaluated on.
+    """
+
+    task: kp.DecodedTask
+    bank: Bank
+    backbone: kp.Backbone
+    space: kp.UnitSpace
+    fit: Split
+    guard: Split | None
+    dense: nn.Module
+
+
+def draw_targets(targets: Targets, bank: Bank, data: Path, stage: str) -> list[tuple[str, ...]]:
+    """The classes of each target task of a stage."""
+    every = kp.load_task(str(data / targets.data), label_column=targets.label_column).classes
+    if targets.unseen:
+        seen = {name for entry in bank.entries() for name in entry.classes}
+        every = tuple(sorted(set(every) - seen))
+    mixed = [every[place] for place in np.random.default_rng(targets.seed).permutation(len(every))]
+    validating = stage == "validation"
+    if targets.validation_classes:
+        part = targets.validation_classes
+        mixed = mixed[:part] if validating else mixed[part:]
+    generator = np.random.default_rng([targets.seed, 1 + validating])
+    count = targets.validation if validating else targets.test
+    drawn: dict[tuple[str, ...], None] = {}
+    while len(drawn) < count:
+        drawn[tuple(sorted(generator.choice(mixed, targets.classes, replace=False).tolist()))] = None
+    return list(drawn)
+
+
+def prepare(targets: Targets, bank: Bank, data: Path, classes: tuple[str, ...], shots: int | None) -> TargetTask:
+    """Load and decode a target task, and solve its teacher's head."""
+    backbone = load_bank_backbone(bank, len(classes))
+    source = kp.load_task(
+        str(data / targets.data), classes=classes, shots=shots or targets.shots, label_column=targets.label_column
+    )
+    task = kp.decode(source, backbone.preprocessing)
+    fit, guard = hold_back(task.train, Recipe().hold_back, Recipe().seed)
+    dense = copy.deepcopy(backbone.model)
+    lay_out(dense)
+    features = head_inputs(dense, backbone.head, fit.images, task.preprocessing)
+    solve_probe(dense, backbone.head, features, fit.labels, len(classes))
+    return TargetTask(task, bank, backbone, bank_space(bank, backbone), fit, guard, dense)
