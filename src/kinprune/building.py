@@ -35,9 +35,19 @@ SOURCE_PLAN = Plan(Budget(keep=0.1), rounds=2, round_steps=20, recipe=Recipe(ste
 """How source tasks are pruned unless something else is asked for."""
 
 
+BROAD_TIMES = 20
+"""A broad source task is fine-tuned for so many times the steps of the others."""
+
+BROAD_IMAGES = 10_000
+"""About the most training images of a broad source task: they are in memory at once."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a source task's images are, as ``load_task`` takes it; ``classes`` None for all of them."""
+    """Where a source task's images are, as ``load_task`` takes it; ``classes`` None for all of them.
+
+    ``steps`` of the last fine-tuning, where they are not the plan's.
+    """
 
     data: str
     classes: tuple[str, ...] | None = None
@@ -45,6 +55,7 @@ class Source:
     test_fraction: float = 0.2
     image_column: str | None = None
     label_column: str | None = None
+    steps: int | None = None
 
     def load(self) -> Task:
         """The task, not yet decoded."""
@@ -56,6 +67,10 @@ class Source:
             image_column=self.image_column,
             label_column=self.label_column,
         )
+
+    def plan(self, plan: Plan) -> Plan:
+        """The plan by which this task is pruned where the others are pruned by ``plan``."""
+        return plan if self.steps is None else replace(plan, recipe=replace(plan.recipe, steps=self.steps))
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,21 @@ def sample_sources(sources: Sequence[Source], tasks: int, classes: int, *, seed:
     return drawn
 
 
+def broaden(sources: Sequence[Source], classes: int, steps: int) -> list[Source]:
+    """A broad source task of all classes of each source that has more than ``classes``, to be trained for long.
+
+    Its pruned model has learnt more than any of few classes can teach, and is near to every task: a new one that has
+    no closer kin starts from there.
+    """
+    known = [source.classes or source.load().classes for source in sources]
+    return [
+        replace(source, classes=tuple(names), shots=min(source.shots or BROAD_IMAGES, most), steps=steps)
+        for source, names in zip(sources, known, strict=True)
+        if len(names) > classes
+        for most in [max(BROAD_IMAGES // len(names), 1)]
+    ]
+
+
 def key_of(task: Task, plan: Plan) -> str:
     """The key of the record that pruning ``task`` under ``plan`` makes."""
     return record_key(task.digest, asdict(plan))
@@ -171,10 +201,10 @@ def build(
             f"is not: {'give' if bank.header.stream else 'leave out'} --stream"
         )
     have = bank.keys()
-    todo = [source for source in sources if key_of(source.load(), plan) not in have]
+    todo = [source for source in sources if key_of(source.load(), source.plan(plan)) not in have]
     present = len(sources) - len(todo)
     threads = max(1, _cores() // workers)
-    works = [_Work(bank.address, source, plan, device, threads) for source in todo]
+    works = [_Work(bank.address, source, source.plan(plan), device, threads) for source in todo]
     added = 0
     with closing(_results(bank, works, workers, on_step)) as results:  # the workers end, whatever on_task raises
         for number, done in enumerate(results, start=present + 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -75,18 +75,17 @@ def find_kin(
     keys: list[str] = []
     scores: list[NDArray[np.float64]] = []
     for chunk in bank.probes():
-        places = np.array([place for place, key in enumerate(chunk.keys) if key not in without], dtype=np.int64)
-        if not len(places):
-            continue
-        sources = sources_of(chunk).take(places)
-        if search.which == "nearest":
-            best, values = nearest(search.measure, target, sources, min(_wanted(search), len(places)), seed=search.seed)
-            places = places[best]
-        else:
-            values = transferability(search.measure, target, sources)
-        ids.append(chunk.ids[places])
-        keys.extend(chunk.keys[place] for place in places)
-        scores.append(values)
+        for places in _alike(chunk, without):
+            sources = sources_of([chunk.probes[place] for place in places])
+            if search.which == "nearest":
+                count = min(_wanted(search), len(places))
+                best, values = nearest(search.measure, target, sources, count, seed=search.seed)
+                places = places[best]
+            else:
+                values = transferability(search.measure, target, sources)
+            ids.append(chunk.ids[places])
+            keys.extend(chunk.keys[place] for place in places)
+            scores.append(values)
     if not keys:
         raise BankError(f"the bank {bank.address} holds no record to learn from: fill it with 'kinprune bank build'")
     chosen = _choose(np.concatenate(scores), keys, search)
@@ -124,9 +123,20 @@ def rank_exactly(
     return [*again, *neighbours[search.exact :]][: search.count]
 
 
-def sources_of(chunk: ProbeChunk) -> Sources:
+def _alike(chunk: ProbeChunk, without: Collection[str]) -> Iterator[NDArray[np.int64]]:
+    """The places of probes that may be compared, those of about as many classes together.
+
+    They are padded to the most classes of any: one broad task among thousands of small ones would make all of them
+    large. Within a factor of two, padding at most doubles them.
+    """
+    places = np.array([place for place, key in enumerate(chunk.keys) if key not in without], dtype=np.int64)
+    levels = np.array([(len(chunk.probes[place].biases) - 1).bit_length() for place in places], dtype=np.int64)
+    for level in np.unique(levels):
+        yield places[levels == level]
+
+
+def sources_of(probes: Sequence[Probe]) -> Sources:
     """Probes stacked, padded to the most classes of any."""
-    probes: tuple[Probe, ...] = chunk.probes
     counts = np.array([len(probe.biases) for probe in probes], dtype=np.int64)
     most, width = int(counts.max()), probes[0].weights.shape[1]
     weights = np.zeros((len(probes), most, width), dtype=np.float32)

@@ -153,7 +153,7 @@ def test_the_order_of_the_bank_does_not_matter_and_runs_repeat(world: World, tmp
 def test_kin_are_those_of_highest_transferability(world: World) -> None:
     target = target_of(world)
     (chunk,) = world.bank.probes()
-    scores = transferability("leep", target, sources_of(chunk))
+    scores = transferability("leep", target, sources_of(chunk.probes))
     found = find_kin(world.bank, target, TARGET_CLASSES, Search(count=4))
     assert [neighbour.entry.id for neighbour in found] == chunk.ids[np.argsort(-scores)[:4]].tolist()
     assert [neighbour.similarity for neighbour in found] == pytest.approx(np.sort(scores)[::-1][:4].tolist())
@@ -165,6 +165,21 @@ def test_kin_are_those_of_highest_transferability(world: World) -> None:
     assert drawn[0] == drawn[1] and len({n.entry.id for n in drawn[0]}) == 3
     without = find_kin(world.bank, target, (), Search(count=6), without={found[0].entry.key})
     assert len(without) == 5 and found[0].entry.key not in {n.entry.key for n in without}
+
+
+def test_tasks_of_any_breadth_are_compared_alike(world: World, tmp_path: Path) -> None:
+    bank = kp.create_bank(tmp_path / "mixed.db", world.backbone, world.space)
+    build(bank, [Source(str(world.address.parent / "known"))], PLAN)  # five classes, and then tasks of two
+    for entry in world.bank.entries():
+        assert bank.add(world.bank.record(entry))
+    target = target_of(world)
+    found = find_kin(bank, target, TARGET_CLASSES, Search(which="all"))
+    assert {len(neighbour.entry.classes) for neighbour in found} == {2, 5} and len(found) == 7
+    for neighbour in found:
+        alone = transferability("leep", target, sources_of([bank.record(neighbour.entry).probe]))
+        assert neighbour.similarity == pytest.approx(float(alone[0]), rel=1e-6)
+    nearest = find_kin(bank, target, TARGET_CLASSES, Search(count=3))
+    assert [n.entry.key for n in nearest] == [n.entry.key for n in found[:3]]
 
 
 def test_shared_classes_are_named(world: World) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ import torch
 
 import kinprune as kp
 from kinprune.bank import Bank, clean, create_bank, open_bank, verify
-from kinprune.building import Build, Done, build, key_of
+from kinprune.building import BROAD_IMAGES, SOURCE_PLAN, Build, Done, Source, broaden, build, key_of
 from kinprune.errors import BankError
 from kinprune.units import find_units
 
@@ -146,6 +147,17 @@ def test_what_a_build_writes(whole: Bank, images: str, builder: ModuleType) -> N
 def bounds(bank: Bank) -> list[int]:
     """Where groups end, but for the last."""
     return np.cumsum([size for _, size in bank.header.groups])[:-1].tolist()
+
+
+def test_a_broad_source_has_all_classes_and_only_as_many_images_as_fit() -> None:
+    classes = tuple(f"c{number}" for number in range(40))
+    many, few = Source("many", classes, shots=300), Source("few", ("a", "b"))
+    (broad,) = broaden([many, few], 5, 700)
+    assert (broad.classes, broad.shots, broad.steps) == (classes, BROAD_IMAGES // 40, 700)
+    assert broaden([replace(many, shots=10)], 5, 1)[0].shots == 10
+    plan = broad.plan(SOURCE_PLAN)
+    assert plan.recipe.steps == 700 and replace(plan, recipe=SOURCE_PLAN.recipe) == SOURCE_PLAN
+    assert many.plan(SOURCE_PLAN) is SOURCE_PLAN
 
 
 def test_a_second_build_has_nothing_to_do(whole: Bank, images: str, builder: ModuleType) -> None:

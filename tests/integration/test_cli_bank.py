@@ -25,7 +25,7 @@ import pytest
 
 import kinprune as kp
 from kinprune.bank import open_bank
-from kinprune.building import SOURCE_PLAN
+from kinprune.building import BROAD_TIMES, SOURCE_PLAN
 from kinprune.cli import bank_options
 from kinprune.cli.bank_progress import duration, time_left
 
@@ -33,7 +33,7 @@ Cli = Callable[..., Any]
 
 MODEL = "--model test_resnet --random --image-size 32"
 QUICK = "--rounds 1 --steps 1 --batch-size 8"
-DRAWN = f"{QUICK} --classes 2"
+DRAWN = f"{QUICK} --classes 2 --broad-steps 0"
 
 SUMMARY = {
     "bank",
@@ -177,6 +177,28 @@ def test_whole_sources_and_classes_left_out(
     found = [(record["name"], set(record["classes"])) for record in records(kinprune, folders["bank"])]
     assert found[:3] == [("fruit", {"apple", "pear"}), ("shapes", {"cone", "ball"}), ("fruit", {"apple", "plum"})]
     assert found[3][0] == "shapes"
+
+
+def test_a_build_makes_one_broad_task_of_each_source_too(
+    kinprune: Cli, fruit: Path, make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pair = make_folder(tmp_path / "pair", ("cone", "cube"), 10, 36)
+    folders = {"fruit": fruit, "pair": pair, "bank": tmp_path / "bank.db"}
+    command = f"bank build {{fruit}} {{pair}} --bank {{bank}} {MODEL} {QUICK} --classes 2 --tasks 2"
+    said = run(kinprune, f"{command} --json", **folders)
+    assert one_object(said)["added"] == 3 and "source tasks asked for: 3" in said.stderr
+    broad, *drawn = open_bank(folders["bank"]).entries()
+    assert set(broad.classes) == {"apple", "pear", "plum"} and [len(entry.classes) for entry in drawn] == [2, 2]
+    steps = [entry.details["plan"]["recipe"]["steps"] for entry in (broad, *drawn)]
+    assert steps == [BROAD_TIMES, 1, 1]  # the source of two classes is its own task of two
+    again = one_object(run(kinprune, f"{command} --json", **folders))
+    assert (again["added"], again["present"]) == (0, 3)
+    other = one_object(run(kinprune, f"{command} --broad-steps 2 --json", **folders))
+    assert (other["added"], other["present"]) == (1, 2)
+    none = one_object(run(kinprune, f"{command} --broad-steps 0 --json", **folders))
+    assert (none["added"], none["present"]) == (0, 2)
+    refused = run(kinprune, f"bank build {{fruit}} --bank {{bank}} {MODEL} --whole --broad-steps 5", **folders)
+    assert refused.exit_code == 2 and "leave out --tasks, --classes and --broad-steps" in refused.stderr
 
 
 def test_add_one_whole_task(kinprune: Cli, fruit: Path, bank: Path) -> None:

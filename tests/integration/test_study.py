@@ -150,7 +150,7 @@ def test_a_protocol_that_asks_for_what_nobody_knows_is_refused(study: Study) -> 
 
     with pytest.raises(ValueError, match="no method 'magic'"):
         read_protocol(str(path))
-    with pytest.raises(ValueError, match="expected one of .*vit"):
+    with pytest.raises(ValueError, match=r"expected one of .*vit"):
         read_protocol("nothing")
 
 

@@ -505,7 +505,7 @@ def test_a_state_is_judged_with_batch_norms_counted_on_the_training_images() -> 
         torch.testing.assert_close(tensor, left[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("steps", "rate"), [(1, 3e-5), (15, 3e-5), (30, 5e-5), (60, 1e-4), (600, 1e-4)])
+@pytest.mark.parametrize(("steps", "rate"), [(1, 3e-5), (15, 3e-5), (30, 5e-5), (60, 1e-4), (240, 2e-4), (9999, 5e-4)])
 def test_adamw_starts_more_gently_the_fewer_the_steps(steps: int, rate: float) -> None:
     assert default_rate("adamw", steps) == pytest.approx(rate)
     assert default_rate("sgd", steps) == 0.03

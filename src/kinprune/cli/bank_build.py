@@ -32,6 +32,7 @@ def build_command(
     tasks: own.Tasks = None,
     classes: own.ClassCount = None,
     whole: own.Whole = False,
+    broad_steps: own.BroadSteps = None,
     leave_out: own.LeaveOut = None,
     shots: shared.Shots = None,
     test_fraction: shared.TestFraction = 0.2,
@@ -67,12 +68,14 @@ def build_command(
     """Fill a bank: draw source tasks from labelled images, prune the model for each, and keep what was learned.
 
     Each task's record is in the bank as soon as it is done. Run again, a build goes on where it was stopped; with more
-    --tasks it makes the bank larger.
+    --tasks it makes the bank larger. The first task of a DATA is a broad one, of all its classes.
     """
     if workers > 1 and threads is not None:
         raise BankError("--threads is for one worker, several share the cores evenly: leave out --threads or --workers")
-    if whole and (tasks is not None or classes is not None):
-        raise TaskError("--whole makes each DATA one task, nothing is drawn: leave out --tasks and --classes")
+    if whole and (tasks, classes, broad_steps) != (None, None, None):
+        raise TaskError(
+            "--whole makes each DATA one task, nothing is drawn: leave out --tasks, --classes and --broad-steps"
+        )
     begin(device, threads)
     plan = own.plan_of(
         keep=keep,
@@ -91,13 +94,17 @@ def build_command(
     )
     place = _Place(bank, store, model, _given(weights, random, image_size, mean, std, interpolation, crop_pct), seed)
     found = _find(place)
-    from kinprune.building import Source, sample_sources
+    from kinprune.building import BROAD_TIMES, Source, broaden, sample_sources
 
     read = _read(
         [Source(text, None, shots, test_fraction, image_column, label_column) for text in data],
         shared.chosen_classes(leave_out) or [],
     )
-    sources = read if whole else sample_sources(read, tasks or own.TASKS, classes or own.CLASSES, seed=seed)
+    sources, few = read, classes or own.CLASSES
+    if not whole:
+        long = BROAD_TIMES * plan.recipe.steps if broad_steps is None else broad_steps
+        sources = broaden(read, few, long) if broad_steps != 0 else []
+        sources += sample_sources(read, tasks or own.TASKS, few, seed=seed)
     opened, plan = _open(place, found, sources, plan)
     return _report(_build(opened, sources, plan, workers, device), json)
 

@@ -86,6 +86,17 @@ ClassCount = Annotated[
 Whole = Annotated[
     bool, typer.Option("--whole", rich_help_panel=DATA, help="Each DATA is one source task with all its classes.")
 ]
+BroadSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--broad-steps",
+        metavar="N",
+        parser=whole(0),
+        rich_help_panel=DATA,
+        help="One more, broad source task for each DATA: all its classes, fine-tuned for N mini-batches; every new "
+        "task can start from it. 0 for none. [default: 20 times --steps]",
+    ),
+]
 LeaveOut = Annotated[
     str | None,
     typer.Option(
@@ -181,7 +192,7 @@ LearningRate = Annotated[
         metavar="NUMBER",
         parser=between(0, math.inf, "0.001"),
         rich_help_panel=TRAINING,
-        help="Highest learning rate. [default: 0.03 for sgd, up to 0.0001 for adamw]",
+        help="Highest learning rate. [default: 0.03 for sgd, 0.0001 for adamw with 60 steps and by their number]",
     ),
 ]
 Optimiser = Annotated[
