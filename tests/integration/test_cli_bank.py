@@ -389,7 +389,7 @@ REFUSED = [
     ("too many classes", f"{NEW} --classes 4", ["no 2 different tasks of 4"]),
     ("one class a task", f"{NEW} --classes 1", ["'--classes'", "at least 2"]),
     ("no tasks", f"{NEW} --tasks 0", ["'--tasks'", "at least 1"]),
-    ("whole and tasks", f"{NEW} --whole", ["--whole", "leave out --tasks and --classes"]),
+    ("whole and tasks", f"{NEW} --whole", ["--whole", "leave out --tasks, --classes"]),
     ("columns of a folder", f"{NEW} --label-column x", ["has no columns"]),
     ("no shots", f"{NEW} --shots 0", ["'--shots'", "at least 1"]),
     ("keep nothing", f"{NEW} --keep 0", ["'--keep'", "at most 1"]),

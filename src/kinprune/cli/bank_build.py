@@ -305,7 +305,7 @@ def _open(place: _Place, found: Bank | None, sources: Sequence[Source], plan: Pl
     from kinprune.bank.backbone import load_bank_backbone
     from kinprune.pruning import unit_space
 
-    classes = len(sources[0].classes or ())
+    classes = len(sources[-1].classes or ())  # a drawn one: how a random model begins depends on its classes
     if found is not None and place.model is None:
         backbone = load_bank_backbone(found, classes)
     else:
