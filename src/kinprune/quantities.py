@@ -1,11 +1,22 @@
-"""Numbers as people read them."""
+"""Numbers and lists as people read them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 MINUS, NOTHING = "\u2212", "\u2013"
 """The sign, and the dash in a table's cell for which there is no number."""
+
+
+SOME = 8
+"""The most names of a list that are told."""
+
+
+def some_names(names: Sequence[str]) -> str:
+    """Names with commas between them; of many, the first and how many more there are."""
+    text = ", ".join(names[:SOME])
+    return text if len(names) <= SOME else f"{text} and {len(names) - SOME} more"
 
 
 def count(value: float) -> str:

@@ -16,6 +16,7 @@ from kinprune.cli.options import Json
 from kinprune.cli.output import console, say
 from kinprune.cli.running import guarded
 from kinprune.errors import BankError
+from kinprune.quantities import some_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -265,7 +266,7 @@ def _agreed(bank: Bank, ids: Sequence[int]) -> bool:
     for number in ids:
         try:
             (entry,) = bank.entries([number])
-            say(f"{number}: {entry.name} ({', '.join(entry.classes[:8])}{', ...' if len(entry.classes) > 8 else ''})")
+            say(f"{number}: {entry.name} ({some_names(entry.classes)})")
         except BankError as error:
             say(str(error))
     typer.echo(f"Remove {'it' if len(ids) == 1 else f'these {len(ids)}'}? [y/N] ", nl=False, err=True)

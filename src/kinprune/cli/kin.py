@@ -9,6 +9,7 @@ from kinprune.cli import options as shared
 from kinprune.cli import prune_options as pruning
 from kinprune.cli.output import console, stage_bar
 from kinprune.cli.running import begin, guarded
+from kinprune.quantities import some_names
 
 
 @guarded
@@ -74,9 +75,8 @@ def print_kin(rows: list[dict[str, Any]], measure: str) -> None:
     table.add_column("shared")
     for row in rows[:10]:
         weight = [f"{row['weight']:.2f}"] if weighed else []
-        table.add_row(
-            str(row["id"]), f"{row['similarity']:.3f}", *weight, ", ".join(row["classes"]), ", ".join(row["shared"])
-        )
+        names = (some_names(row["classes"]), some_names(row["shared"]))
+        table.add_row(str(row["id"]), f"{row['similarity']:.3f}", *weight, *names)
     shown = console()
     shown.print(table)
     if len(rows) > 10:

@@ -14,6 +14,7 @@ from kinprune.cli.output import console
 from kinprune.cli.running import guarded
 from kinprune.cli.values import share, whole
 from kinprune.errors import BankError
+from kinprune.quantities import some_names
 
 if TYPE_CHECKING:
     from kinprune.overlap_study import KindOverlap, OverlapStudy, PairOverlap
@@ -129,7 +130,7 @@ def _print_pair(pair: PairOverlap) -> None:
         table.add_row(group.name, group.kind, *numbers, f"{group.overlap:.3f}", f"{group.chance:.3f}")
     out = console()
     for entry in pair.tasks:
-        out.print(f"{entry.id}: {', '.join(entry.classes)}", soft_wrap=True)
+        out.print(f"{entry.id}: {some_names(entry.classes)}", soft_wrap=True)
     shared = ", ".join(pair.shared) or "none"
     out.print(f"Shared classes: {shared}. Similarity of the class means: {pair.similarity:.3f}.", soft_wrap=True)
     out.print(table)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kinprune.adaptation import Adapted
+from kinprune.kin import Neighbour
 from kinprune.report.pictures import thumbnail
 from kinprune.tasks import DecodedTask
 
 PICTURED = 12
-"""Neighbours that are shown with pictures; there may be hundreds."""
+"""Neighbours that are shown with pictures, and classes of each; there may be hundreds."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,16 @@ class ClassCard:
 
 @dataclass(frozen=True)
 class NeighbourRow:
-    """A source task: how near it is, and how much it counted. ``bar`` is its weight as a share of the greatest."""
+    """A source task: how near it is, and how much it counted. ``bar`` is its weight as a share of the greatest.
+
+    ``classes`` are some of its classes, those that are shared first among them, and ``more`` the number of the others.
+    """
 
     rank: int
     id: int
     name: str
     classes: tuple[ClassCard, ...]
+    more: int
     similarity: float
     weight: float
     bar: float
@@ -49,8 +54,9 @@ def neighbour_rows(adapted: Adapted, samples: Mapping[str, Tensor] | None = None
             name=neighbour.entry.name,
             classes=tuple(
                 ClassCard(name, name in neighbour.shared, _picture(name, samples, pictures, rank))
-                for name in neighbour.entry.classes
+                for name in _told(neighbour)
             ),
+            more=len(neighbour.entry.classes) - len(_told(neighbour)),
             similarity=neighbour.similarity,
             weight=weight,
             bar=weight / greatest,
@@ -58,6 +64,14 @@ def neighbour_rows(adapted: Adapted, samples: Mapping[str, Tensor] | None = None
         )
         for rank, (neighbour, weight) in enumerate(zip(adapted.neighbours, adapted.weights, strict=True), 1)
     )
+
+
+def _told(neighbour: Neighbour) -> list[str]:
+    """The classes of a neighbour that are shown: all of a narrow task, some of a broad one."""
+    names = neighbour.entry.classes
+    if len(names) <= PICTURED:
+        return list(names)
+    return sorted(names, key=lambda name: name not in neighbour.shared)[:PICTURED]
 
 
 def target_classes(task: DecodedTask) -> tuple[ClassCard, ...]:
