@@ -58,6 +58,7 @@ def build(weights: Path, data: Path, *more: str, tasks: int, classes: int) -> No
         "tasks": tasks,
         "classes": classes,
         "steps": 120,
+        "broad-steps": 0,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     # A record says where its data were: only their name is for all to read.

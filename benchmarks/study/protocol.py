@@ -17,7 +17,8 @@ class BankSource:
     """The bank of a protocol: its backbone, and the source tasks it is built from if it is not there yet.
 
     ``model``, ``weights`` (a file's name) and ``image_size`` are as ``load_backbone`` takes them; the ``tasks`` source
-    tasks have ``classes`` classes of ``data`` with ``shots`` training images each, and none of those ``left_out``.
+    tasks have ``classes`` classes of ``data`` with ``shots`` training images each, and none of those ``left_out``. One
+    more has all the other classes and is fine-tuned for ``broad_steps``; with 0 there is none.
     """
 
     file: str
@@ -29,6 +30,7 @@ class BankSource:
     tasks: int
     classes: int
     shots: int
+    broad_steps: int
     left_out: tuple[str, ...]
 
 

@@ -18,7 +18,7 @@ from benchmarks.study.starts import Start, begin
 from benchmarks.study.targets import TargetTask, draw_targets, prepare
 from kinprune.backbones import load_backbone
 from kinprune.bank import Bank, create_bank, open_bank
-from kinprune.building import SOURCE_PLAN, Source, build, sample_sources
+from kinprune.building import SOURCE_PLAN, Source, broaden, build, sample_sources
 from kinprune.delivery import versions
 from kinprune.evaluation import evaluate
 from kinprune.pruning import prune, unit_space
@@ -83,11 +83,13 @@ def open_or_build(protocol: Protocol, places: Places, workers: int = 1) -> Bank:
         )
         create_bank(address, backbone, unit_space(backbone, SOURCE_PLAN))
     bank = open_bank(address)
-    if len(bank) >= wanted.tasks:
+    if len(bank) >= wanted.tasks + (wanted.broad_steps > 0):
         return bank
     source = Source(str(places.data / wanted.data), shots=wanted.shots, label_column=wanted.label_column)
     kept = tuple(name for name in source.load().classes if name not in wanted.left_out)
-    build(bank, sample_sources([replace(source, classes=kept)], wanted.tasks, wanted.classes), workers=workers)
+    chosen = [replace(source, classes=kept)]
+    broad = broaden(chosen, wanted.classes, wanted.broad_steps) if wanted.broad_steps else []
+    build(bank, broad + sample_sources(chosen, wanted.tasks, wanted.classes), workers=workers)
     return bank
 
 

@@ -35,11 +35,11 @@ class Start:
 
 
 def begin(method: Mapping[str, Any], target: TargetTask, keep: float, without: Sequence[str] = ()) -> Start:
-    """The start of a method of ``methods.json``. Records with a key in ``without`` are hidden from it."""
+    """The start of a method of ``methods.json``. Records with a key in ``without`` are hidden from one with a bank."""
     started = time.perf_counter()
     way = method["way"]
     if way == "adapt":
-        return _adapted(method, target, keep, without, started)
+        return _adapted(method, target, keep, [*without, *_hidden(method, target)], started)
     if way == "prune":
         plan = kp.Plan(kp.Budget(keep=keep), recipe=Recipe(steps=0), **method["plan"])
         pruned = prune(target.backbone, target.task, plan)
@@ -99,6 +99,16 @@ def _adapted(
         "neighbours_sharing_a_class": shared,
     }
     return Start(sized.model, sized.closed_form.trainable, time.perf_counter() - started, details)
+
+
+def _hidden(method: Mapping[str, Any], target: TargetTask) -> list[str]:
+    """The keys of the records that a method is to do without: the broad ones, or those that are not."""
+    if "hide" not in method:
+        return []
+    entries = target.bank.entries()
+    least = min(len(entry.classes) for entry in entries)
+    broad = method["hide"] == "broad"
+    return [entry.key for entry in entries if (len(entry.classes) > least) == broad]
 
 
 def _closed(closed: Any) -> dict[str, Any]:

@@ -83,12 +83,17 @@ class Build:
 
 @dataclass(frozen=True)
 class Done:
-    """One source task that is done; ``added`` is False where another builder was faster."""
+    """One source task that is done; ``added`` is False where another builder was faster.
+
+    ``work`` is about how long it takes beside the others, in steps, and ``remaining`` the work of those still to do.
+    """
 
     name: str
     accuracy: Accuracy
     seconds: float
     added: bool
+    work: int = 1
+    remaining: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,13 +210,19 @@ def build(
     present = len(sources) - len(todo)
     threads = max(1, _cores() // workers)
     works = [_Work(bank.address, source, source.plan(plan), device, threads) for source in todo]
-    added = 0
+    added, remaining = 0, sum(_work_of(work.plan) for work in works)
     with closing(_results(bank, works, workers, on_step)) as results:  # the workers end, whatever on_task raises
         for number, done in enumerate(results, start=present + 1):
             added += done.added
+            remaining -= done.work
             if on_task is not None:
-                on_task(done, number, len(sources))
+                on_task(replace(done, remaining=remaining), number, len(sources))
     return Build(added, len(sources) - added)
+
+
+def _work_of(plan: Plan) -> int:
+    """Steps of training, a round's closed form and what is done once counted as some more."""
+    return plan.recipe.steps + (plan.rounds - 1) * plan.round_steps + 20 * (plan.rounds + 1)
 
 
 def _cores() -> int:
@@ -293,4 +304,5 @@ def _prune_source(bank: Bank, work: _Work, on_step: OnStep | None) -> Done:
     if pruned.training.stopped:
         raise KeyboardInterrupt
     record = record_of(pruned, task, key_of(task, work.plan), data=work.source.data)
-    return Done(task.name, record.accuracy, sum(pruned.seconds.values()), bank.add(record))
+    seconds = sum(pruned.seconds.values())
+    return Done(task.name, record.accuracy, seconds, bank.add(record), _work_of(work.plan))

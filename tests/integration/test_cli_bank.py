@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 
 import kinprune as kp
-from kinprune.bank import open_bank
-from kinprune.building import BROAD_TIMES, SOURCE_PLAN
-from kinprune.cli import bank_options
+from kinprune.bank import Accuracy, open_bank
+from kinprune.building import BROAD_TIMES, SOURCE_PLAN, Done
+from kinprune.cli import bank_options, bank_progress
 from kinprune.cli.bank_progress import duration, time_left
 
 Cli = Callable[..., Any]
@@ -604,6 +604,15 @@ def test_time_left_is_right_once_workers_are_out_of_step() -> None:
     ends.sort()
     assert time_left(ends[99], 100, 100, 4) == pytest.approx(ends[-1] - ends[99], rel=0.1)
     assert time_left(ends[0], 1, 199, 4) == pytest.approx(ends[-1] - ends[0], rel=0.5)
+
+
+def test_a_broad_task_counts_as_much_as_it_takes() -> None:
+    """Ten times the work of each of the nine to come took 1,000 s: 900 s are left, not 9,000."""
+    left = bank_progress._estimate(workers=1)
+    accuracy = Accuracy(0.9, 0.5, 0.8)
+    assert left(Done("broad", accuracy, 1000.0, True, work=1300, remaining=9 * 130), 9) == "15 min"
+    assert left(Done("narrow", accuracy, 100.0, True, work=130, remaining=8 * 130), 8) == "12 min"
+    assert left(Done("narrow", accuracy, 100.0, True, work=130, remaining=0), 0) == "0 s"
 
 
 def test_durations() -> None:

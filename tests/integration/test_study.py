@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN, UNSEEN = ("ant", "bat", "cow", "dog"), ("apple", "fig", "pear", "plum", "quince", "sloe")
-METHODS = ["smsp", "taylor", "all neighbours", "scratch", "whole model"]
+METHODS = ["smsp", "smsp, narrow tasks alone", "smsp, the broad task alone", "taylor", "scratch", "whole model"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def study(make_folder: Callable[..., Path], tmp_path: Path) -> Study:
     protocol = {
         "bank": {
             **{"file": "tiny.db", "model": "test_resnet", "weights": "tiny.safetensors", "image_size": 32},
-            **{**things, "tasks": 3, "shots": 6, "left_out": UNSEEN},
+            **{**things, "tasks": 3, "shots": 6, "broad_steps": 2, "left_out": UNSEEN},
         },
         "targets": {
             **{**things, "shots": 6, "unseen": True, "seed": 0},
@@ -94,10 +94,14 @@ def test_a_killed_study_goes_on_and_repeats_nothing(study: Study) -> None:
     assert found["runs"] == len(rows) - len(before) and found["rows"] == len(rows) == 2 * (len(METHODS) + 2)
     names = [(tuple(row["classes"]), row["method"], row["keep"], row["sources"]) for row in rows]
     assert len(set(names)) == len(names)
-    assert all({*row["classes"]} <= {*UNSEEN} for row in rows) and rows[0]["records"] == 3
+    assert all({*row["classes"]} <= {*UNSEEN} for row in rows) and rows[0]["records"] == 4
     for row in rows:
         steps = {"scratch": ["1"]}.get(row["method"], ["0", "1"] if row["keep"] == 0.1 else ["0", "1", "2"])
         assert list(row["accuracy"]) == steps and all(0 <= value <= 1 for value in row["accuracy"].values())
+    similar = {
+        row["method"]: len(row["details"]["similarity"]) for row in rows if "similarity" in row.get("details", {})
+    }
+    assert similar["smsp, narrow tasks alone"] == 3 and similar["smsp, the broad task alone"] == 1
     page = (study.folder / "rows.md").read_text()
     assert "| taylor | 2 |" in page and "2 source tasks" in page
     again = study.start()
@@ -111,7 +115,8 @@ def test_two_shares_are_the_whole(study: Study) -> None:
     protocol = read_protocol(str(study.folder / "tiny.json"))
     places = Places(*(study.folder / name for name in ("data", "weights", "banks", "rows.jsonl")))
     bank = open_or_build(protocol, places)
-    assert len(bank) == len(open_or_build(protocol, places)) == 3
+    assert len(bank) == len(open_or_build(protocol, places)) == 4
+    assert max(len(entry.classes) for entry in bank.entries()) == len(KNOWN)
     made = [run_protocol(protocol, bank, places, "validation", (part, 2)) for part in range(2)]
     assert sum(made) == len(plan_runs(protocol, bank, places.data, "validation")) and min(made) > 0
     assert run_protocol(protocol, bank, places, "validation") == 0

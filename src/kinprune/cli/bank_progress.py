@@ -19,7 +19,7 @@ OnTask = Callable[["Done", int, int], None]
 OnStep = Callable[[str, int, int], None]
 
 
-def time_left(elapsed: float, finished: int, remaining: int, workers: int) -> float:
+def time_left(elapsed: float, finished: float, remaining: int, workers: int) -> float:
     """Seconds that a build will still take, after ``elapsed`` of them finished some tasks.
 
     The tasks under way beside the one just finished are taken as half done: without that, the first of four workers
@@ -97,14 +97,18 @@ def _bars(workers: int) -> Iterator[tuple[OnTask, OnStep]]:
 
 
 def _estimate(workers: int) -> Callable[[Done, int], str]:
-    """Called after each task with how many remain; the clock begins when the first of them began."""
+    """Called after each task with how many remain; the clock begins when the first of them began.
+
+    A broad task counts as many of those that remain.
+    """
     began, finished = 0.0, 0
 
     def estimate(done: Done, remaining: int) -> str:
         nonlocal began, finished
         now = time.monotonic()
-        began, finished = began or now - done.seconds, finished + 1
-        return duration(time_left(now - began, finished, remaining, workers))
+        began, finished = began or now - done.seconds, finished + done.work
+        one = done.remaining / remaining if remaining else done.work
+        return duration(time_left(now - began, finished / one, remaining, workers))
 
     return estimate
 
