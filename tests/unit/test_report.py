@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from kinprune.adapted import summarise_adapted
 from kinprune.building import Source, build, sample_sources
 from kinprune.evaluation import Evaluation
 from kinprune.kin import Search
-from kinprune.report import ReportError, render_report, write_report
+from kinprune.report import ReportError, charts, render_report, write_report
 from kinprune.report.answers import matrix_of, sample_answers
 from kinprune.report.charts import (
     BOTTOM,
@@ -390,6 +391,16 @@ def test_logarithmic_ticks() -> None:
     assert len(close) >= 2 and all(5.01e6 <= value <= 5.2e6 for value in close)
     axis = log_axis("", [7.0], str, 0, 1)
     assert axis.scale.low < 7 < axis.scale.high and axis.scale.at(7) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("values", [(605e3, 1.33e6, 2.23e6), (12.2e6, 55e6), (3e6, 9.9e6), (1.0, 1e9), (5e6,)])
+def test_labels_of_a_logarithmic_axis_have_room(values: tuple[float, ...]) -> None:
+    axis = log_axis("", values, quantities.count, charts.LEFT, charts.RIGHT)
+    assert len(axis.ticks) >= 2 and [value for value, _ in axis.ticks] == sorted(value for value, _ in axis.ticks)
+    for (low, left), (high, right) in pairwise(axis.ticks):
+        assert axis.scale.at(high) - axis.scale.at(low) >= charts.CHARACTER * (len(left) + len(right)) / 2
+    if values[0] == 605e3:
+        assert 1e6 in dict(axis.ticks)
 
 
 def test_thumbnails_are_the_images() -> None:

@@ -12,6 +12,9 @@ WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 50, 426, 12, 208
 """The plot's edges in pixels of the drawing; the rest is for labels."""
 
+CHARACTER = 9
+"""About the pixels of a character in a label."""
+
 COLOURS = 6
 """Series colours that the page's style sheet has."""
 SHAPES = 4
@@ -117,9 +120,25 @@ def log_axis(label: str, values: Iterable[float], form: Form, start: float, stop
     known = list(values)
     spare = max((max(known) / min(known)) ** 0.125, 1.05)
     low, high = min(known) / spare, max(known) * spare
-    return Axis(
-        label, Scale(low, high, start, stop, True), tuple((value, form(value)) for value in log_ticks(low, high))
-    )
+    scale = Scale(low, high, start, stop, True)
+    return Axis(label, scale, _fitting([(value, form(value)) for value in log_ticks(low, high)], scale))
+
+
+def _fitting(labels: Sequence[tuple[float, str]], scale: Scale) -> tuple[tuple[float, str], ...]:
+    """The labels beside each other that have the room; where two do not, the rounder number stays."""
+    chosen: list[tuple[float, str]] = []
+    for value, text in sorted(labels, key=lambda one: (_roundness(one[0]), one[0])):
+        room = [CHARACTER * (len(text) + len(other)) / 2 + CHARACTER for _, other in chosen]
+        gaps = [abs(scale.at(value) - scale.at(other)) for other, _ in chosen]
+        if all(gap >= wanted for gap, wanted in zip(gaps, room, strict=True)):
+            chosen.append((value, text))
+    return tuple(sorted(chosen))
+
+
+def _roundness(value: float) -> int:
+    """0 for a power of ten, 1 for five times one, 2 for twice one, 3 for all others."""
+    leading = f"{value:.0e}"[0]
+    return {"1": 0, "5": 1, "2": 2}.get(leading, 3)
 
 
 def chart(
