@@ -27,13 +27,12 @@ from benchmarks.study.pretrained import (
     reptile_weights,
     sources_of,
 )
-from benchmarks.study.starts import Start, cut
+from benchmarks.study.starts import Start, cut, mend
 from benchmarks.study.targets import TargetTask
 from kinprune.calibration import closed_form, head_inputs, solve_probe
 from kinprune.evaluation import lay_out, logits
 from kinprune.importance import Batch, Scores, draw_batches, normalise, score
 from kinprune.preprocessing import normalise as normalise_images
-from kinprune.pruning import repair
 from kinprune.selection import Budget, select
 from kinprune.training.batches import shift_and_flip
 from kinprune.units import UnitSpace, extract
@@ -188,23 +187,9 @@ def distilled(target: TargetTask, keep: float, *, steps: int = 1200) -> Start:
     mask = generic_mask(target.bank, target.space, keep)
     small = extract(target.dense, target.space, mask)
     _put(small, learned.state)
-    lay_out(small)
-    closed = repair(
-        small,
-        target.dense,
-        target.space,
-        mask,
-        target.fit,
-        target.task.preprocessing,
-        head=target.backbone.head,
-        trained=True,
-    )
-    details = {
-        "reconstructed": closed.reconstructed,
-        "judged": closed.judged,
-        **_shared("distillation on all source classes", learned),
-    }
-    return Start(small, closed.trainable, time.perf_counter() - started, details)
+    taken = time.perf_counter() - started
+    details = _shared("distillation on all source classes", learned)
+    return mend(target, small, mask, taken, trained=True, details=details)
 
 
 def _taylor(model: nn.Module, target: TargetTask, *, images: int, batch: int, seed: int) -> Scores:

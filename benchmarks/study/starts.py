@@ -60,6 +60,15 @@ def cut(
     """A start from a mask: extracted from ``whole`` (the dense model where none is given) and repaired towards it."""
     started = time.perf_counter()
     small = extract(target.dense if whole is None else whole, target.space, mask)
+    taken = seconds + time.perf_counter() - started
+    return mend(target, small, mask, taken, trained=whole is not None, details=details)
+
+
+def mend(
+    target: TargetTask, small: nn.Module, mask: Mask, seconds: float, *, trained: bool, details: Mapping[str, Any] = {}
+) -> Start:
+    """A start from a model that a mask cut: repaired towards the dense model. ``trained`` is as ``repair`` takes it."""
+    started = time.perf_counter()
     lay_out(small)
     closed = repair(
         small,
@@ -69,7 +78,7 @@ def cut(
         target.fit,
         target.task.preprocessing,
         head=target.backbone.head,
-        trained=whole is not None,
+        trained=trained,
     )
     taken = seconds + time.perf_counter() - started
     return Start(small, closed.trainable, taken, {**_closed(closed), **details})
