@@ -21,13 +21,25 @@ import torch
 from benchmarks.study.protocol import STAGES, read_protocol
 from benchmarks.study.running import Places, Row, open_or_build, read_rows, run_protocol
 from benchmarks.study.tables import page
+from kinprune.errors import KinpruneError
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing and write the tables."""
+    """Run what is missing and write the tables; 2 where what was asked for cannot be done, 130 after Ctrl-C."""
     options = _options(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, run it again to go on", file=sys.stderr)
+        return 130
+    except (ValueError, KinpruneError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
     protocol = read_protocol(options.protocol)
@@ -42,11 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = f"{number}/{of} {row['method']} on {', '.join(row['classes'])}: {found} (about {left:.0f} min left)"
         print(line, file=sys.stderr, flush=True)
 
-    try:
-        made = run_protocol(protocol, bank, places, options.stage, options.share, show)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, run it again to go on", file=sys.stderr)
-        return 130
+    made = run_protocol(protocol, bank, places, options.stage, options.share, show)
     every = read_rows(rows)
     rows.with_suffix(".md").write_text(page(every))
     summary = {"protocol": protocol.name, "runs": made, "rows": len(every), "table": str(rows.with_suffix(".md"))}

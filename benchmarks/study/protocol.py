@@ -57,8 +57,8 @@ class Targets:
 class Part:
     """Runs: every method at every keep ratio, trained for each number of steps from the same start.
 
-    ``tasks`` limits it to the first of the target tasks, ``shots`` and ``sources`` (how many records of the bank may be
-    used; None for all) are what else is varied.
+    ``tasks`` limits it to the first of the target tasks, ``shots`` and ``sources`` (how many narrow records of the bank
+    may be used; None for all) are what else is varied.
     """
 
     stage: str

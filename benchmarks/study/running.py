@@ -6,15 +6,15 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import kinprune as kp
 from benchmarks.study.protocol import Part, Protocol
 from benchmarks.study.starts import Start, begin
+from benchmarks.study.statistics import merge
 from benchmarks.study.targets import TargetTask, draw_targets, prepare
 from kinprune.backbones import load_backbone
 from kinprune.bank import Bank, create_bank, open_bank
@@ -57,14 +57,23 @@ class Run:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; a last line that a kill cut off is left out, and removed before the next is written."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    """The rows of a file, those of one run made one (see ``merge``); a line that a kill cut off is left out.
+
+    Nothing is written: another process may be adding rows.
+    """
+    rows: list[Row] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return merge(rows)
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Write a row as a line of its own, in one piece, after a line that was cut off too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        cut_off = file.seek(0, 2) > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+        file.write(b"\n" * cut_off + json.dumps(row).encode() + b"\n")
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -139,9 +148,7 @@ def run_protocol(
             target = (task, prepare(protocol.targets, bank, places.data, run.classes, run.shots))
         row = make_row(run, protocol.methods[run.method], target[1], _missing(run, rows))
         row = {"protocol": protocol.name, "model": protocol.bank.model, **row}
-        places.rows.parent.mkdir(parents=True, exist_ok=True)
-        with places.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_row(places.rows, row)
         if on_row is not None:
             on_row(row, number, len(todo))
     return len(todo)
@@ -157,7 +164,6 @@ def _missing(run: Run, rows: Mapping[tuple[Any, ...], Row]) -> tuple[int, ...]:
 
 def make_row(run: Run, method: Mapping[str, Any], target: TargetTask, steps: tuple[int, ...]) -> Row:
     """One run: the start, then the test accuracy after each number of steps, each from the same start."""
-    whole = evaluate(target.dense, target.task.test, target.task.preprocessing).accuracy
     row: Row = {
         "stage": run.stage,
         "classes": list(run.classes),
@@ -166,12 +172,12 @@ def make_row(run: Run, method: Mapping[str, Any], target: TargetTask, steps: tup
         "shots": run.shots,
         "sources": run.sources,
         "records": len(target.bank),
-        "whole": whole,
+        "whole": target.whole,
     }
     if method["way"] == "scratch":
         found = {str(number): _from_scratch(method, target, run.keep, number) for number in steps if number}
         return {**row, "accuracy": found, "versions": versions()}
-    start = begin(method, target, run.keep, _hidden(target.bank, run.sources))
+    start = begin(method, target, run.keep, run.sources)
     accuracy = {"0": evaluate(start.model, target.task.test, target.task.preprocessing).accuracy}
     trained: dict[str, float] = {}
     for number in steps:
@@ -209,12 +215,3 @@ def _from_scratch(method: Mapping[str, Any], target: TargetTask, keep: float, st
     recipe = Recipe(steps=every - between * (rounds - 1))
     plan = kp.Plan(kp.Budget(keep=keep), rounds=rounds, round_steps=between, recipe=recipe)
     return prune(target.backbone, target.task, plan).final.accuracy
-
-
-def _hidden(bank: Bank, sources: int | None) -> list[str]:
-    """The keys of records that a run with fewer sources may not see: all but a seeded draw of ``sources``."""
-    if sources is None:
-        return []
-    keys = sorted(bank.keys())
-    chosen = set(np.random.default_rng(0).permutation(len(keys))[:sources].tolist())
-    return [key for place, key in enumerate(keys) if place not in chosen]

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 import kinprune as kp
 from benchmarks.study.targets import TargetTask
 from kinprune.adaptation import adapt
+from kinprune.bank import Bank
 from kinprune.evaluation import lay_out
 from kinprune.kin import Search
 from kinprune.pruning import prune, repair
@@ -34,12 +36,12 @@ class Start:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def begin(method: Mapping[str, Any], target: TargetTask, keep: float, without: Sequence[str] = ()) -> Start:
-    """The start of a method of ``methods.json``. Records with a key in ``without`` are hidden from one with a bank."""
+def begin(method: Mapping[str, Any], target: TargetTask, keep: float, sources: int | None = None) -> Start:
+    """The start of a method of ``methods.json``. One with a bank sees ``sources`` of its narrow tasks, or all."""
     started = time.perf_counter()
     way = method["way"]
     if way == "adapt":
-        return _adapted(method, target, keep, [*without, *_hidden(method, target)], started)
+        return _adapted(method, target, keep, hidden(target.bank, method.get("hide"), sources), started)
     if way == "prune":
         plan = kp.Plan(kp.Budget(keep=keep), recipe=Recipe(steps=0), **method["plan"])
         pruned = prune(target.backbone, target.task, plan)
@@ -106,18 +108,24 @@ def _adapted(
         "blend": adapted.blend,
         "similarity": [round(neighbour.similarity, 5) for neighbour in adapted.neighbours[:10]],
         "neighbours_sharing_a_class": shared,
+        "classes_of_the_nearest": len(adapted.neighbours[0].entry.classes),
     }
     return Start(sized.model, sized.closed_form.trainable, time.perf_counter() - started, details)
 
 
-def _hidden(method: Mapping[str, Any], target: TargetTask) -> list[str]:
-    """The keys of the records that a method is to do without: the broad ones, or those that are not."""
-    if "hide" not in method:
-        return []
-    entries = target.bank.entries()
+def hidden(bank: Bank, hide: str | None, sources: int | None) -> list[str]:
+    """The keys of the records that are not seen: ``hide`` *broad* or *narrow* ones, and all but ``sources`` narrow.
+
+    Those that are seen are a seeded draw, and a larger one holds a smaller one. Broad are those of more classes than
+    the fewest.
+    """
+    entries = bank.entries()
     least = min(len(entry.classes) for entry in entries)
-    broad = method["hide"] == "broad"
-    return [entry.key for entry in entries if (len(entry.classes) > least) == broad]
+    broad = [entry.key for entry in entries if len(entry.classes) > least]
+    narrow = sorted(entry.key for entry in entries if len(entry.classes) == least)
+    mixed = [narrow[place] for place in np.random.default_rng(0).permutation(len(narrow))]
+    unseen = mixed[0 if hide == "narrow" else len(mixed) if sources is None else sources :]
+    return [*unseen, *(broad if hide == "broad" else [])]
 
 
 def _closed(closed: Any) -> dict[str, Any]:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.study.statistics import Row, accuracies, difference, merge
+from benchmarks.study.statistics import Row, accuracies, difference
 
 DEFAULT = "smsp"
 
 
 def page(rows: Sequence[Row]) -> str:
-    """All tables of a protocol's rows."""
-    rows = merge(rows)
+    """All tables of a protocol's rows, one a run (see ``running.read_rows``)."""
     if not rows:
         return "Nothing was run yet.\n"
     text = [f"# {rows[0]['protocol']}: {rows[0]['model']}\n", _LEGEND]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,15 @@ from benchmarks.study.protocol import Targets
 from kinprune.bank import Bank
 from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.calibration import head_inputs, solve_probe
-from kinprune.evaluation import lay_out
+from kinprune.evaluation import evaluate, lay_out
 from kinprune.tasks import Split
 from kinprune.training import Recipe, hold_back
 
 
 @dataclass(frozen=True, eq=False)
 class TargetTask:
-    """A task ready to run: ``dense`` is the whole model with a closed-form head, every method's teacher.
+    """A task ready to run: ``dense`` is the whole model with a closed-form head, every method's teacher, and
+    ``whole`` its test accuracy.
 
     ``fit`` is what methods learn from and ``guard`` what guards their fine-tuning; ``task.test`` is only evaluated on.
     """
@@ -33,6 +35,7 @@ class TargetTask:
     fit: Split
     guard: Split | None
     dense: nn.Module
+    whole: float
 
 
 def draw_targets(targets: Targets, bank: Bank, data: Path, stage: str) -> list[tuple[str, ...]]:
@@ -48,6 +51,11 @@ def draw_targets(targets: Targets, bank: Bank, data: Path, stage: str) -> list[t
         mixed = mixed[:part] if validating else mixed[part:]
     generator = np.random.default_rng([targets.seed, 1 + validating])
     count = targets.validation if validating else targets.test
+    if comb(len(mixed), targets.classes) < count:
+        raise ValueError(
+            f"{len(mixed)} classes of {targets.data} are left for the {stage} tasks: no {count} different tasks of "
+            f"{targets.classes} can be drawn; ask for fewer, or leave more classes out of the bank"
+        )
     drawn: dict[tuple[str, ...], None] = {}
     while len(drawn) < count:
         drawn[tuple(sorted(generator.choice(mixed, targets.classes, replace=False).tolist()))] = None
@@ -66,4 +74,5 @@ def prepare(targets: Targets, bank: Bank, data: Path, classes: tuple[str, ...], 
     lay_out(dense)
     features = head_inputs(dense, backbone.head, fit.images, task.preprocessing)
     solve_probe(dense, backbone.head, features, fit.labels, len(classes))
-    return TargetTask(task, bank, backbone, bank_space(bank, backbone), fit, guard, dense)
+    whole = evaluate(dense, task.test, task.preprocessing).accuracy
+    return TargetTask(task, bank, backbone, bank_space(bank, backbone), fit, guard, dense, whole)

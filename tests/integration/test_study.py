@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Study:
     @property
     def rows(self) -> list[dict[str, Any]]:
         path = self.folder / "rows.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "benchmarks.study", *self.words, *more]
@@ -120,6 +121,53 @@ def test_two_shares_are_the_whole(study: Study) -> None:
     made = [run_protocol(protocol, bank, places, "validation", (part, 2)) for part in range(2)]
     assert sum(made) == len(plan_runs(protocol, bank, places.data, "validation")) and min(made) > 0
     assert run_protocol(protocol, bank, places, "validation") == 0
+
+
+def test_steps_asked_for_later_are_all_that_is_run_again(study: Study) -> None:
+    from benchmarks.study.protocol import read_protocol
+    from benchmarks.study.running import Places, open_or_build, read_rows, run_protocol
+
+    protocol = read_protocol(str(study.folder / "tiny.json"))
+    places = Places(*(study.folder / name for name in ("data", "weights", "banks", "rows.jsonl")))
+    bank = open_or_build(protocol, places)
+    part = replace(protocol.parts[0], methods=("taylor",), tasks=1)
+    for steps, made in (((1,), 1), ((2,), 1), ((1, 2), 0)):
+        assert run_protocol(replace(protocol, parts=(replace(part, steps=steps),)), bank, places, "validation") == made
+    assert [list(row["accuracy"]) for row in study.rows] == [["0", "1"], ["0", "2"]]
+    (row,) = read_rows(places.rows)
+    assert list(row["accuracy"]) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"validation": 4}, "3 classes of things are left for the validation tasks: no 4 different tasks of 2"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_words(study: Study, change: dict[str, Any], told: str) -> None:
+    path = study.folder / "tiny.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "targets": {**content["targets"], **change}}))
+    process = study.start()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err and told in err
+    assert not study.rows
+
+
+def test_fewer_sources_are_narrow_ones_and_nest(study: Study) -> None:
+    from benchmarks.study.protocol import read_protocol
+    from benchmarks.study.running import Places, open_or_build
+    from benchmarks.study.starts import hidden
+
+    protocol = read_protocol(str(study.folder / "tiny.json"))
+    places = Places(*(study.folder / name for name in ("data", "weights", "banks", "rows.jsonl")))
+    bank = open_or_build(protocol, places)
+    broad = {entry.key for entry in bank.entries() if len(entry.classes) > 2}
+    assert hidden(bank, None, None) == [] and set(hidden(bank, "broad", None)) == broad
+    assert set(hidden(bank, "narrow", None)) == bank.keys() - broad
+    one, two = (set(hidden(bank, None, count)) for count in (1, 2))
+    assert two < one and len(two) == 1 and not one & broad
 
 
 def test_validation_and_test_tasks_share_no_class(study: Study) -> None:
