@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -54,8 +54,8 @@ class Sized:
 class Adapted:
     """What adapting gave: a model for each budget, and who they were learnt from.
 
-    ``weights`` says how much each of the ``neighbours`` counted, ``voters`` how many of them voted, and ``blend``
-    what the plan's blend came to. ``whole_model`` is the backbone with a closed-form
+    ``weights`` says how much each of the ``neighbours`` counted, ``voters`` the places of those that voted, and
+    ``blend`` what the plan's blend came to. ``whole_model`` is the backbone with a closed-form
     head, ``dense`` what it answers on the test images and ``whole`` its costs. ``seconds`` is by stage.
     """
 
@@ -66,7 +66,7 @@ class Adapted:
     whole: Costs
     neighbours: tuple[Neighbour, ...]
     weights: tuple[float, ...]
-    voters: int
+    voters: tuple[int, ...]
     blend: float
     probe: Probe
     whole_model: nn.Module
@@ -106,7 +106,7 @@ def adapt(
     neighbours, weights = work.find(without)
     lessons = work.read_lessons(neighbours)
     donors = work.donors(neighbours, lessons, weights)
-    choice = work.choose(lessons, weights, donors, wanted)
+    choice = work.choose(neighbours, lessons, weights, donors, wanted)
     with work.stage("evaluate", "whole model"):
         dense = evaluate(work.dense, task.test, task.preprocessing)
     sizes = tuple(work.finish(budget, choice, place, donors) for place, budget in enumerate(wanted))
@@ -135,9 +135,10 @@ def check_budgets(space: UnitSpace, budgets: Sequence[Budget], plan: AdaptPlan) 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A way to a model: how many of the neighbours vote, the target's own share in it, and whose weights are taken."""
+    """A way to a model: the places of the neighbours that vote, nearest first, the target's own share in it, and whose
+    weights are taken: *nearest* is the nearest voter's."""
 
-    voters: int
+    voters: tuple[int, ...]
     blend: float
     inherited: Inheritance
 
@@ -222,14 +223,14 @@ class _Work:
     ) -> tuple[list[Ballot], list[Selection]]:
         """A ballot and a selection for each budget; with SMSP one ballot serves all, and the selections nest."""
         plan, space, blend = self.plan, self.space, trial.blend
-        rankings, scores = lessons.rankings[: trial.voters], lessons.scores[: trial.voters]
-        shares = np.array(weights[: trial.voters])
+        voters = list(trial.voters)
+        rankings, scores, shares = lessons.rankings[voters], lessons.scores[voters], np.array(weights)[voters]
         how = {name: getattr(plan, name) for name in ("allocation", "normalisation", "multiple")}
         with self.stage("vote", "vote"):
             if plan.method == "smsp":
                 ballot = (
                     ballot_ranking(space, rankings[0])
-                    if trial.voters == 1 and blend == 0
+                    if len(voters) == 1 and blend == 0
                     else ballot_smsp(space, scores, shares, own=own, share=blend)
                 )
                 return [ballot] * len(budgets), select_family(space, ballot.scores, budgets, ties=ballot.ties, **how)
@@ -250,12 +251,13 @@ class _Work:
                 for neighbour, kept, weight in asked
             ]
 
-    def begin(self, mask: Mask, donors: Sequence[Donor], inherited: Inheritance) -> _Start:
+    def begin(self, mask: Mask, donors: Sequence[Donor], trial: _Trial) -> _Start:
         """Extract a model with the weights it inherits, and bring it to its start in closed form."""
-        given = {"backbone": 0, "nearest": 1}.get(inherited, len(donors))
+        lenders = {"backbone": (), "nearest": trial.voters[:1]}.get(trial.inherited, trial.voters)
+        given = [donors[place] for place in lenders]
         with self.stage("inherit", "extraction"):
             small = (
-                inherit(self.dense, self.space, mask, donors[:given], quiet=True)
+                inherit(self.dense, self.space, mask, given, quiet=True)
                 if given
                 else extract(self.dense, self.space, mask)
             )
@@ -270,35 +272,42 @@ class _Work:
                 self.task.preprocessing,
                 head=self.backbone.head,
                 reconstruct=self.plan.reconstruct,
-                trained=given > 0,
+                trained=bool(given),
                 method=self.plan.head,
                 seed=self.plan.recipe.seed,
             )
-        return _Start(inherited, small, closed)
+        return _Start(trial.inherited, small, closed)
 
-    def trials(self, neighbours: int) -> tuple[_Trial, ...]:
+    def trials(self, neighbours: Sequence[Neighbour]) -> tuple[_Trial, ...]:
         """The ways that the plan leaves open."""
-        plan = self.plan
+        plan, every = self.plan, tuple(range(len(neighbours)))
         if plan.inheritance != "auto":
             blends = (0.0, 1.0) if plan.blend is None else (plan.blend,)
-            return tuple(_Trial(neighbours, blend, plan.inheritance) for blend in blends)
+            return tuple(_Trial(every, blend, plan.inheritance) for blend in blends)
         kin = 0.0 if plan.blend is None else plan.blend
-        found = [_Trial(neighbours, kin, "average"), _Trial(neighbours, kin, "backbone")]
+        found = [_Trial(every, kin, "average"), _Trial(every, kin, "backbone")]
         if plan.blend is None and plan.search.which == "nearest":
-            found += [_Trial(1, 0.0, "nearest"), _Trial(neighbours, 1.0, "backbone")]
+            broadest = max(every, key=lambda place: len(neighbours[place].entry.classes))
+            found += [_Trial((place,), 0.0, "nearest") for place in dict.fromkeys((0, broadest))]
+            found.append(_Trial(every, 1.0, "backbone"))
         return tuple(found)
 
     def choose(
-        self, lessons: Lessons, weights: Sequence[float], donors: Sequence[Donor], budgets: Sequence[Budget]
+        self,
+        neighbours: Sequence[Neighbour],
+        lessons: Lessons,
+        weights: Sequence[float],
+        donors: Sequence[Donor],
+        budgets: Sequence[Budget],
     ) -> _Choice:
         """Of the ways that are open, the one whose smallest model answers best in closed form."""
-        trials = self.trials(len(weights))
+        trials = self.trials(neighbours)
         own = self.own_scores() if any(trial.blend for trial in trials) else None
         best: _Choice | None = None
         for trial in trials:
             ballots, selections = self.elect(lessons, weights, budgets, own, trial)
             place = min(range(len(budgets)), key=lambda number: selections[number].costs.parameters)
-            start = self.begin(selections[place].mask, donors, trial.inherited)
+            start = self.begin(selections[place].mask, donors, trial)
             if best is None or start.judged < best.start.judged:
                 best = _Choice(trial, ballots, selections, place, start)
         assert best is not None
@@ -312,7 +321,8 @@ class _Work:
         if self.plan.inheritance == "auto" and choice.trial.blend < 1:
             names = ("nearest" if choice.trial.inherited == "nearest" else "average", "backbone")
         mask = choice.selections[place].mask
-        return min((self.begin(mask, donors, name) for name in names), key=lambda start: start.judged)
+        ways = [replace(choice.trial, inherited=name) for name in names]
+        return min((self.begin(mask, donors, way) for way in ways), key=lambda start: start.judged)
 
     def finish(self, budget: Budget, choice: _Choice, place: int, donors: Sequence[Donor]) -> Sized:
         """Extract, repair, fine-tune and evaluate the model of one budget."""

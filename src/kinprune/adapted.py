@@ -83,7 +83,7 @@ def summarise_adapted(adapted: Adapted) -> dict[str, Any]:
         "whole": asdict(adapted.whole),
         "method": adapted.plan.method,
         "blend": adapted.blend,
-        "voters": adapted.voters,
+        "voters": [place + 1 for place in adapted.voters],
         "seconds": adapted.seconds,
         "seed": adapted.plan.recipe.seed,
         "versions": versions(),

@@ -101,6 +101,23 @@ def test_what_is_left_open_goes_the_way_that_answers_best(world: World) -> None:
     assert same(state_of(auto.sizes[0].model), state_of(best.sizes[0].model))
 
 
+def test_the_broadest_neighbour_is_tried_alone_where_it_is_not_the_nearest(world: World, tmp_path: Path) -> None:
+    bank = kp.create_bank(tmp_path / "bank.db", world.backbone, world.space)
+    same_task, broad = Source(str(world.folder)), Source(str(world.folder.parent / "known"))
+    build(bank, [same_task, broad], PLAN)
+    still = replace(QUICK, recipe=kp.Recipe(steps=0))
+    twin, wide = (entry.key for entry in sorted(bank.entries(), key=lambda entry: len(entry.classes)))
+    starts = []
+    for hidden in ((), (twin,)):
+        tried: list[str] = []
+        adapted = kp.adapt(
+            world.task, bank, kp.Budget(keep=0.3), still, without=hidden, on_step=lambda stage, *_: tried.append(stage)
+        )
+        starts.append(tried.count("closed form"))
+        assert (adapted.neighbours[0].entry.key == wide) == bool(hidden)
+    assert starts == [5, 4]
+
+
 def test_a_larger_model_takes_the_weights_that_suit_it(world: World) -> None:
     plan = replace(QUICK, inheritance="auto", blend=0.0, recipe=kp.Recipe(steps=0))
     for sized in kp.adapt(world.task, world.bank, [kp.Budget(keep=0.8), kp.Budget(keep=0.3)], plan).sizes:
@@ -115,7 +132,7 @@ def test_one_neighbour_gives_its_own_units_by_a_score_mask_too(world: World) -> 
     plan = replace(QUICK, search=Search(count=1), blend=0, inheritance="nearest", recipe=kp.Recipe(steps=0))
     adapted = kp.adapt(world.task, world.bank, kp.Budget(keep=0.3), plan)
     kept = world.bank.lessons([adapted.neighbours[0].entry.id]).kept[0]
-    assert adapted.voters == 1 and np.array_equal(adapted.sizes[0].selection.mask.kept, kept)
+    assert adapted.voters == (0,) and np.array_equal(adapted.sizes[0].selection.mask.kept, kept)
 
 
 def test_a_family_nests_and_shares_one_score_mask(world: World) -> None:

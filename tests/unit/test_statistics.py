@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kinprune.calibration import match_batch_norm
+from kinprune.calibration.statistics import Moments, moments
 from kinprune.errors import TaskError
 from kinprune.preprocessing import Preprocessing, normalise
 from kinprune.units import Mask, extract, find_units
@@ -103,3 +104,25 @@ def test_modes_and_hooks_are_as_before(dense: nn.Module, images: Tensor) -> None
     match_batch_norm(pruned, dense, {}, images, PREPROCESSING)
     assert all(module.training for module in pruned.modules())
     assert not any(module._forward_pre_hooks for model in (pruned, dense) for module in model.modules())
+
+
+def test_what_the_dense_model_gave_is_not_asked_again(dense: nn.Module, images: Tensor) -> None:
+    noted: dict[str, Moments] = {}
+    first, second = copy.deepcopy(dense), copy.deepcopy(dense)
+    match_batch_norm(first, dense, {}, images, PREPROCESSING, noted=noted)
+    passes: list[int] = []
+    dense.register_forward_pre_hook(lambda *_: passes.append(1))
+    match_batch_norm(second, dense, {}, images, PREPROCESSING, noted=noted)
+    assert len(passes) == 1  # the images that memory holds are found with one image
+    assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 5, 7), (4, 5, 9, 9)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moments_are_those_of_double_precision(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    inputs = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    inputs = inputs.contiguous(memory_format=layout) if len(shape) == 4 else inputs
+    mean, variance = moments(inputs)
+    exact = inputs.double().movedim(1, 0).flatten(1)
+    assert torch.allclose(mean, exact.mean(1), rtol=1e-6)
+    assert torch.allclose(variance, exact.var(1, correction=0), rtol=1e-5)

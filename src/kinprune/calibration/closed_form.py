@@ -14,7 +14,7 @@ from kinprune.calibration.batch_norm import reestimate_batch_norm
 from kinprune.calibration.head import HeadMethod, HeadSolution, solve_head
 from kinprune.calibration.reconstruction import LayerReconstruction, reconstruct
 from kinprune.calibration.residual import ReconstructionLayer
-from kinprune.calibration.statistics import match_batch_norm
+from kinprune.calibration.statistics import Moments, match_batch_norm
 from kinprune.preprocessing import Preprocessing
 
 JUDGES = 256
@@ -127,6 +127,7 @@ class _Trial:
     seed: int
     judges: Tensor
     made_of: Tensor
+    noted: dict[str, Moments] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"reconstruction": 0.0, "batch_norm": 0.0, "head": 0.0})
 
     def starts(self, *, reconstructed: bool) -> list[_Start]:
@@ -142,7 +143,13 @@ class _Trial:
             if self.dense is None or self.channels is None:
                 return reestimate_batch_norm(self.model, self.made_of, self.preprocessing, seed=self.seed)
             return match_batch_norm(
-                self.model, self.dense, self.channels, self.made_of, self.preprocessing, seed=self.seed
+                self.model,
+                self.dense,
+                self.channels,
+                self.made_of,
+                self.preprocessing,
+                seed=self.seed,
+                noted=self.noted,
             )
 
     def solve(self, chosen: Tensor) -> HeadSolution:

@@ -36,13 +36,15 @@ def match_batch_norm(
     max_images: int = 256,
     memory_mb: int = 1024,
     seed: int = 0,
+    noted: dict[str, Moments] | None = None,
 ) -> int:
     """Give every batch norm of ``pruned`` the output mean and deviation that its channels have in ``dense``.
 
     ``channels`` names the dense channels that a norm of the pruned model still has, where it has lost some. Norms are
     set one after the other in a single pass, so each sees what those before it now give. At most ``max_images`` of
     ``images`` (uint8 ``[n, 3, h, w]``), drawn with ``seed``, fewer where they would need more than about ``memory_mb``
-    MiB. Norms without weights, or given a single value a channel, stay. Returns how many were set. Raises TaskError
+    MiB. Norms without weights, or given a single value a channel, stay. What the dense model gives goes into ``noted``
+    and is read from there next time, for the same ``dense`` and images. Returns how many were set. Raises TaskError
     without images.
     """
     if len(images) == 0:
@@ -53,8 +55,9 @@ def match_batch_norm(
         return 0
     limit = min(max_images, images_in_memory(dense, images[:1], preprocessing, memory_mb))
     chosen = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit]]
-    targets: dict[str, Moments] = {}
-    _pass(dense, names, chosen, preprocessing, lambda name, norm, inputs: _note(targets, name, norm, inputs))
+    targets = {} if noted is None else noted
+    if not targets:
+        _pass(dense, names, chosen, preprocessing, lambda name, norm, inputs: _note(targets, name, norm, inputs))
     done: set[str] = set()
 
     def set_norm(name: str, norm: _BatchNorm, inputs: Tensor) -> None:
@@ -86,24 +89,28 @@ def _pass(
         model(normalise(images.to(device_of(model)), preprocessing))
 
 
-def _moments(inputs: Tensor) -> Moments:
-    """Mean and variance of each channel of ``[n, c, ...]``, in double precision."""
-    flat = inputs.movedim(1, 0).flatten(1)
-    variance, mean = torch.var_mean(flat, dim=1, correction=0)
-    return mean.double(), variance.double()
+def moments(inputs: Tensor) -> Moments:
+    """Mean and variance of each channel of ``[n, c, ...]``, in double precision.
+
+    Batch norm's own training kernel counts them: ``var_mean`` takes 3 to 30 times as long over channels that lie last.
+    """
+    mean, variance = inputs.new_zeros((2, inputs.shape[1]))
+    torch.batch_norm(inputs, None, None, mean, variance, True, 1.0, 1e-5, False)
+    count = inputs.numel() // inputs.shape[1]
+    return mean.double(), variance.double() * ((count - 1) / count)
 
 
 def _note(targets: dict[str, Moments], name: str, norm: _BatchNorm, inputs: Tensor) -> None:
     """The mean and signed deviation of a dense norm's output, before any activation that is part of it."""
     assert norm.running_mean is not None and norm.running_var is not None
-    mean, variance = _moments(inputs)
+    mean, variance = moments(inputs)
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     targets[name] = ((mean - norm.running_mean.double()) * scale + norm.bias.double(), variance.sqrt() * scale)
 
 
 def _match(norm: _BatchNorm, inputs: Tensor, target: Moments, channels: Sequence[int] | None) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
-    mean, variance = _moments(inputs)
+    mean, variance = moments(inputs)
     wanted_mean, wanted_deviation = target if channels is None else (part[list(channels)] for part in target)
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)

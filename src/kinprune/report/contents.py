@@ -34,7 +34,7 @@ METHODS = {
 }
 WEIGHTS = {
     "average": "the mean of the neighbours' that kept them, the backbone's where none did",
-    "nearest": "the nearest neighbour's, the backbone's where it has none",
+    "nearest": "neighbour {voter}'s, the backbone's where it has none",
     "backbone": "the backbone's",
 }
 SEARCHES = {
@@ -121,7 +121,7 @@ def contents_of(
         classes=target_classes(task),
         images=(len(task.train), len(task.test)),
         units=_units_from(adapted),
-        weights=WEIGHTS[adapted.sizes[least].inherited],
+        weights=WEIGHTS[adapted.sizes[least].inherited].format(voter=adapted.voters[0] + 1),
         search=SEARCHES[search.which].format(measure=search.measure),
         measure=search.measure,
         dense_accuracy=adapted.dense.accuracy,
@@ -146,8 +146,8 @@ def _units_from(adapted: Adapted) -> str:
     own = f"the task's own importance ({adapted.plan.criterion})"
     if adapted.blend == 1:
         return f"{own}, asked for alone" if adapted.plan.blend == 1 else f"{own}, by which the start was better"
-    if adapted.voters == 1:
-        return "the nearest neighbour's ranking"
+    if len(adapted.voters) == 1:
+        return f"the ranking of neighbour {adapted.voters[0] + 1} alone"
     kin = METHODS[adapted.plan.method]
     return kin if adapted.blend == 0 else f"{kin}, and by {quantities.percent(adapted.blend)} from {own}"
 
