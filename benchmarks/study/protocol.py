@@ -36,13 +36,14 @@ class BankSource:
 
 @dataclass(frozen=True)
 class Targets:
-    """The target tasks: ``classes`` classes of ``data`` with ``shots`` training images each.
+    """The target tasks: ``classes`` classes of one of the data sets ``data``, with ``shots`` training images each, in
+    turn of each data set.
 
     With ``unseen`` they are drawn from classes that no source task has, ``validation_classes`` of them for the
     validation tasks and the others for the test tasks. ``seed`` draws them.
     """
 
-    data: str
+    data: tuple[str, ...]
     label_column: str | None
     classes: int
     shots: int | None
@@ -101,4 +102,6 @@ def read_protocol(name: str) -> Protocol:
         unknown = [method for method in part.methods if method not in methods]
         if unknown:
             raise ValueError(f"{path.name}: methods.json has no method {unknown[0]!r}")
-    return Protocol(path.stem, BankSource(**bank), Targets(**content["targets"]), parts, methods)
+    targets = dict(content["targets"])
+    targets["data"] = (targets["data"],) if isinstance(targets["data"], str) else tuple(targets["data"])
+    return Protocol(path.stem, BankSource(**bank), Targets(**targets), parts, methods)

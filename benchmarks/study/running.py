@@ -15,7 +15,7 @@ import kinprune as kp
 from benchmarks.study.protocol import Part, Protocol
 from benchmarks.study.starts import Start, begin
 from benchmarks.study.statistics import merge
-from benchmarks.study.targets import TargetTask, draw_targets, prepare
+from benchmarks.study.targets import Drawn, TargetTask, draw_targets, prepare
 from kinprune.backbones import load_backbone
 from kinprune.bank import Bank, create_bank, open_bank
 from kinprune.building import SOURCE_PLAN, Source, broaden, build, sample_sources
@@ -43,7 +43,7 @@ class Run:
     """One run: a method on a target task. What it is named by is its place in the rows."""
 
     stage: str
-    classes: tuple[str, ...]
+    task: Drawn
     method: str
     keep: float
     shots: int | None
@@ -53,7 +53,7 @@ class Run:
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells runs apart, whatever number of steps they are trained for."""
-        return (self.stage, self.classes, self.method, self.keep, self.shots, self.sources)
+        return (self.stage, self.task.classes, self.method, self.keep, self.shots, self.sources)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -115,13 +115,13 @@ def plan_runs(protocol: Protocol, bank: Bank, data: Path, stage: str) -> list[Ru
     return list(found.values())
 
 
-def _runs(part: Part, drawn: list[tuple[str, ...]]) -> Iterator[Run]:
-    for classes in drawn[: part.tasks]:
+def _runs(part: Part, drawn: list[Drawn]) -> Iterator[Run]:
+    for task in drawn[: part.tasks]:
         for shots in part.shots:
             for keep in part.keep:
                 for sources in part.sources:
                     for method in part.methods:
-                        yield Run(part.stage, classes, method, keep, shots, sources, part.steps)
+                        yield Run(part.stage, task, method, keep, shots, sources, part.steps)
 
 
 def run_protocol(
@@ -138,14 +138,14 @@ def run_protocol(
     """
     rows = {key_of(row): row for row in read_rows(places.rows)}
     runs = plan_runs(protocol, bank, places.data, stage)
-    tasks = list(dict.fromkeys((run.classes, run.shots) for run in runs))
+    tasks = list(dict.fromkeys((run.task, run.shots) for run in runs))
     mine = set(tasks[share[0] :: share[1]])
-    todo = [run for run in runs if (run.classes, run.shots) in mine and _missing(run, rows)]
+    todo = [run for run in runs if (run.task, run.shots) in mine and _missing(run, rows)]
     target: tuple[Any, TargetTask] | None = None
     for number, run in enumerate(todo, start=1):
-        task = (run.classes, run.shots)
+        task = (run.task, run.shots)
         if target is None or target[0] != task:
-            target = (task, prepare(protocol.targets, bank, places.data, run.classes, run.shots))
+            target = (task, prepare(protocol.targets, bank, places.data, run.task, run.shots))
         row = make_row(run, protocol.methods[run.method], target[1], _missing(run, rows))
         row = {"protocol": protocol.name, "model": protocol.bank.model, **row}
         add_row(places.rows, row)
@@ -166,7 +166,8 @@ def make_row(run: Run, method: Mapping[str, Any], target: TargetTask, steps: tup
     """One run: the start, then the test accuracy after each number of steps, each from the same start."""
     row: Row = {
         "stage": run.stage,
-        "classes": list(run.classes),
+        "data": run.task.data,
+        "classes": list(run.task.classes),
         "method": run.method,
         "keep": run.keep,
         "shots": run.shots,
@@ -175,11 +176,15 @@ def make_row(run: Run, method: Mapping[str, Any], target: TargetTask, steps: tup
         "whole": target.whole,
     }
     if method["way"] == "scratch":
-        found = {str(number): _from_scratch(method, target, run.keep, number) for number in steps if number}
-        return {**row, "accuracy": found, "versions": versions()}
+        accuracy, trained = {}, {}
+        for number in steps:
+            started = time.perf_counter()
+            accuracy[str(number)] = _from_scratch(method, target, run.keep, number)
+            trained[str(number)] = round(time.perf_counter() - started, 2)
+        return {**row, "accuracy": accuracy, "seconds": trained, "versions": versions()}
     start = begin(method, target, run.keep, run.sources)
     accuracy = {"0": evaluate(start.model, target.task.test, target.task.preprocessing).accuracy}
-    trained: dict[str, float] = {}
+    trained = {}
     for number in steps:
         if number:
             started = time.perf_counter()

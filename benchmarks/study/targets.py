@@ -38,9 +38,22 @@ class TargetTask:
     whole: float
 
 
-def draw_targets(targets: Targets, bank: Bank, data: Path, stage: str) -> list[tuple[str, ...]]:
-    """The classes of each target task of a stage."""
-    every = kp.load_task(str(data / targets.data), label_column=targets.label_column).classes
+@dataclass(frozen=True)
+class Drawn:
+    """A target task's data set and classes."""
+
+    data: str
+    classes: tuple[str, ...]
+
+
+def draw_targets(targets: Targets, bank: Bank, data: Path, stage: str) -> list[Drawn]:
+    """The target tasks of a stage, in turn of each data set."""
+    by_data = [_draw(targets, bank, data, name, stage) for name in targets.data]
+    return [task for turn in zip(*by_data, strict=True) for task in turn]
+
+
+def _draw(targets: Targets, bank: Bank, data: Path, name: str, stage: str) -> list[Drawn]:
+    every = kp.load_task(str(data / name), label_column=targets.label_column).classes
     if targets.unseen:
         seen = {name for entry in bank.entries() for name in entry.classes}
         every = tuple(sorted(set(every) - seen))
@@ -53,20 +66,21 @@ def draw_targets(targets: Targets, bank: Bank, data: Path, stage: str) -> list[t
     count = targets.validation if validating else targets.test
     if comb(len(mixed), targets.classes) < count:
         raise ValueError(
-            f"{len(mixed)} classes of {targets.data} are left for the {stage} tasks: no {count} different tasks of "
+            f"{len(mixed)} classes of {name} are left for the {stage} tasks: no {count} different tasks of "
             f"{targets.classes} can be drawn; ask for fewer, or leave more classes out of the bank"
         )
     drawn: dict[tuple[str, ...], None] = {}
     while len(drawn) < count:
         drawn[tuple(sorted(generator.choice(mixed, targets.classes, replace=False).tolist()))] = None
-    return list(drawn)
+    return [Drawn(name, classes) for classes in drawn]
 
 
-def prepare(targets: Targets, bank: Bank, data: Path, classes: tuple[str, ...], shots: int | None) -> TargetTask:
+def prepare(targets: Targets, bank: Bank, data: Path, drawn: Drawn, shots: int | None) -> TargetTask:
     """Load and decode a target task, and solve its teacher's head."""
+    classes = drawn.classes
     backbone = load_bank_backbone(bank, len(classes))
     source = kp.load_task(
-        str(data / targets.data), classes=classes, shots=shots or targets.shots, label_column=targets.label_column
+        str(data / drawn.data), classes=classes, shots=shots or targets.shots, label_column=targets.label_column
     )
     task = kp.decode(source, backbone.preprocessing)
     fit, guard = hold_back(task.train, Recipe().hold_back, Recipe().seed)

@@ -179,7 +179,7 @@ def test_validation_and_test_tasks_share_no_class(study: Study) -> None:
     places = Places(*(study.folder / name for name in ("data", "weights", "banks", "rows.jsonl")))
     bank = open_or_build(protocol, places)
     drawn = [draw_targets(protocol.targets, bank, places.data, stage) for stage in ("validation", "test")]
-    classes = [{name for task in tasks for name in task} for tasks in drawn]
+    classes = [{name for task in tasks for name in task.classes} for tasks in drawn]
     assert not classes[0] & classes[1] and classes[0] | classes[1] <= {*UNSEEN}
     assert all(len(set(tasks)) == 2 for tasks in drawn)
     assert drawn[0] == draw_targets(protocol.targets, bank, places.data, "validation")

@@ -59,8 +59,8 @@ def world(
             importlib.import_module(f"benchmarks.study.{name}")
             for name in ("protocol", "targets", "baselines", "pretrained")
         )
-        asked = protocol.Targets("new", None, 3, None, True, 0, 1, 1, 0)
-        target = targets.prepare(asked, bank, root, TARGET_CLASSES, None)
+        asked = protocol.Targets(("new",), None, 3, None, True, 0, 1, 1, 0)
+        target = targets.prepare(asked, bank, root, targets.Drawn("new", TARGET_CLASSES), None)
         yield World(baselines, pretrained, target, copied(target.dense.state_dict()))
 
 

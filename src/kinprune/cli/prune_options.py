@@ -166,7 +166,7 @@ LearningRate = Annotated[
         metavar="NUMBER",
         parser=between(0, math.inf, "0.001"),
         rich_help_panel=TRAINING,
-        help="Highest learning rate. [default: 0.03 for sgd, 0.0001 for adamw with 60 steps and by their number]",
+        help="Highest learning rate. [default: 0.03 for sgd, 0.0001 for adamw with 60 steps; with more, more]",
     ),
 ]
 Optimiser = Annotated[

@@ -20,10 +20,12 @@ Augmentation = Literal["none", "light"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 LEARNING_RATES = {"sgd": 0.03, "adamw": 1e-4}
-"""Defaults, of AdamW for ``MANY_STEPS``."""
-MANY_STEPS, LEAST_SHARE, MOST_SHARE = 60, 0.3, 5.0
+"""Defaults for ``MANY_STEPS``, SGD's for fewer too."""
+MANY_STEPS, LEAST_SHARE = 60, 0.3
+MOST_RATES = {"sgd": 0.1, "adamw": 5e-4}
 """AdamW's first steps are as large as its rate whatever the gradient is, and a ViT needs some thirty steps to make
-good what they break: with fewer steps the rate is smaller, down to this share. With more it grows with their root."""
+good what they break: with fewer steps the rate is smaller, down to this share. With more, either's grows with their
+root, up to these."""
 
 LEAST_BATCH = 16
 """Images below which a mini-batch's own statistics are too noisy to train on."""
@@ -35,7 +37,7 @@ class Recipe:
 
     - ``steps`` mini-batches of ``batch_size`` images, drawn without replacement in each pass over the data;
     - ``optimiser``: *auto* is SGD (``momentum``, Nesterov) for a model with batch norm, AdamW for others;
-      ``learning_rate`` None is .03 for SGD and by steps for AdamW (see ``default_rate``); it rises linearly over
+      ``learning_rate`` None goes by optimiser and steps (see ``default_rate``); it rises linearly over
       the first ``warmup`` share of the steps and falls to 0 on a half cosine; ``weight_decay`` spares biases, norms
       and embeddings;
     - ``layer_decay`` multiplies the rate once more for each block away from the head (1 is off);
@@ -148,10 +150,10 @@ def optimiser_name(model: nn.Module, recipe: Recipe) -> Literal["sgd", "adamw"]:
 
 def default_rate(optimiser: Literal["sgd", "adamw"], steps: int) -> float:
     """The highest learning rate where the recipe names none."""
-    if optimiser == "sgd":
-        return LEARNING_RATES["sgd"]
-    share = steps / MANY_STEPS
-    return LEARNING_RATES["adamw"] * (max(LEAST_SHARE, share) if share < 1 else min(share**0.5, MOST_SHARE))
+    rate, share = LEARNING_RATES[optimiser], steps / MANY_STEPS
+    if share >= 1:
+        return min(rate * share**0.5, MOST_RATES[optimiser])
+    return rate if optimiser == "sgd" else rate * max(LEAST_SHARE, share)
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16"]:
