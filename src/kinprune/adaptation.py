@@ -136,7 +136,8 @@ def check_budgets(space: UnitSpace, budgets: Sequence[Budget], plan: AdaptPlan) 
 @dataclass(frozen=True)
 class _Trial:
     """A way to a model: the places of the neighbours that vote, nearest first, the target's own share in it, and whose
-    weights are taken: *nearest* is the nearest voter's."""
+    weights are taken: *nearest* is the nearest voter's.
+    """
 
     voters: tuple[int, ...]
     blend: float

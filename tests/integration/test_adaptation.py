@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,8 @@ def test_the_broadest_neighbour_is_tried_alone_where_it_is_not_the_nearest(world
     starts = []
     for hidden in ((), (twin,)):
         tried: list[str] = []
-        adapted = kp.adapt(
-            world.task, bank, kp.Budget(keep=0.3), still, without=hidden, on_step=lambda stage, *_: tried.append(stage)
-        )
+        tell = partial(lambda stages, stage, *_: stages.append(stage), tried)
+        adapted = kp.adapt(world.task, bank, kp.Budget(keep=0.3), still, without=hidden, on_step=tell)
         starts.append(tried.count("closed form"))
         assert (adapted.neighbours[0].entry.key == wide) == bool(hidden)
     assert starts == [5, 4]

@@ -152,7 +152,7 @@ def default_rate(optimiser: Literal["sgd", "adamw"], steps: int) -> float:
     """The highest learning rate where the recipe names none."""
     rate, share = LEARNING_RATES[optimiser], steps / MANY_STEPS
     if share >= 1:
-        return min(rate * share**0.5, MOST_RATES[optimiser])
+        return min(rate * math.sqrt(share), MOST_RATES[optimiser])
     return rate if optimiser == "sgd" else rate * max(LEAST_SHARE, share)
 
 
