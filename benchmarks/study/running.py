@@ -103,16 +103,12 @@ def open_or_build(protocol: Protocol, places: Places, workers: int = 1) -> Bank:
 
 
 def plan_runs(protocol: Protocol, bank: Bank, data: Path, stage: str) -> list[Run]:
-    """All runs of a stage, each once, those of one part and one task together."""
+    """All runs of a stage, part by part, those of one part and one task together.
+
+    A later part may ask for other numbers of steps of the same start: that is a run of its own.
+    """
     drawn = draw_targets(protocol.targets, bank, data, stage)
-    found: dict[tuple[Any, ...], Run] = {}
-    for part in protocol.parts:
-        if part.stage != stage:
-            continue
-        for run in _runs(part, drawn):
-            steps = found[run.key].steps if run.key in found else ()
-            found[run.key] = replace(run, steps=tuple(sorted({*steps, *run.steps})))
-    return list(found.values())
+    return list(dict.fromkeys(run for part in protocol.parts if part.stage == stage for run in _runs(part, drawn)))
 
 
 def _runs(part: Part, drawn: list[Drawn]) -> Iterator[Run]:
@@ -142,16 +138,22 @@ def run_protocol(
     mine = set(tasks[share[0] :: share[1]])
     todo = [run for run in runs if (run.task, run.shots) in mine and _missing(run, rows)]
     target: tuple[Any, TargetTask] | None = None
+    made = 0
     for number, run in enumerate(todo, start=1):
+        steps = _missing(run, rows)
+        if not steps:  # a part before it has run them
+            continue
         task = (run.task, run.shots)
         if target is None or target[0] != task:
             target = (task, prepare(protocol.targets, bank, places.data, run.task, run.shots))
-        row = make_row(run, protocol.methods[run.method], target[1], _missing(run, rows))
+        row = make_row(run, protocol.methods[run.method], target[1], steps)
         row = {"protocol": protocol.name, "model": protocol.bank.model, **row}
         add_row(places.rows, row)
+        rows[run.key] = merge([rows[run.key], row])[0] if run.key in rows else row
+        made += 1
         if on_row is not None:
             on_row(row, number, len(todo))
-    return len(todo)
+    return made
 
 
 def _missing(run: Run, rows: Mapping[tuple[Any, ...], Row]) -> tuple[int, ...]:

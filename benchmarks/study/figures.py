@@ -1,0 +1,144 @@
+"""Rows to figures: SVG files, the same for the same rows and the same matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.study.costs import Costs
+from benchmarks.study.statistics import Row, accuracies, difference, of_stage
+from benchmarks.study.tables import DEFAULT
+
+Rows = Mapping[str, Sequence[Row]]
+"""The rows of each protocol."""
+
+CURVES = (DEFAULT, "smsp, the broad task alone", "all neighbours", "taylor", "random", "l1")
+STEPS = (0, 15, 60)
+STYLE = {
+    **{"svg.fonttype": "none", "svg.hashsalt": "kinprune", "font.size": 9, "font.family": "sans-serif"},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25},
+    "axes.prop_cycle": plt.cycler(color=["#0b6e4f", "#d1495b", "#30638e", "#edae49", "#7a5195", "#8d99ae"]),
+}
+
+
+def draw_leads(rows: Rows, path: Path) -> None:
+    """By how much the default leads every method, with intervals: a panel a protocol, a mark a number of steps."""
+    found = {name: _leads(of_stage(one, "test")) for name, one in rows.items()}
+    methods = list(dict.fromkeys(method for leads in found.values() for method, _ in leads))
+    figure, panels = _panels(len(rows), height=1.2 + 0.27 * len(methods), sharey=True)
+    for panel, (name, leads) in zip(panels, found.items(), strict=True):
+        panel.axvline(0, color="#333", linewidth=0.8)
+        for place, steps in enumerate(STEPS):
+            drawn = [(methods.index(method), lead[steps]) for method, lead in leads if steps in lead]
+            if not drawn:
+                continue
+            across = np.array([lead.mean for _, lead in drawn])
+            reach = np.array([[lead.mean - lead.low, lead.high - lead.mean] for _, lead in drawn]).T
+            up = [row + 0.22 * (place - 1) for row, _ in drawn]
+            label = "before any step" if steps == 0 else f"after {steps} steps"
+            panel.errorbar(across, up, xerr=reach, fmt="o", markersize=3.5, linewidth=1.2, label=label)
+        panel.set(title=name, xlabel="lead of the default, points", yticks=range(len(methods)))
+        panel.set_yticklabels(methods)
+    panels[0].invert_yaxis()
+    panels[0].legend(loc="lower right", fontsize=8)
+    _save(figure, path)
+
+
+def _leads(rows: Sequence[Row]) -> list[tuple[str, dict[int, Any]]]:
+    """Each method's rows beside the default's, at the protocol's own keep ratio and shots, by steps."""
+    chosen = [row for row in rows if row["keep"] == 0.1 and not row["shots"] and not row["sources"]]
+    found = []
+    for method in dict.fromkeys(row["method"] for row in chosen):
+        by_steps = {
+            steps: difference(accuracies(chosen, DEFAULT, steps), accuracies(chosen, method, steps)) for steps in STEPS
+        }
+        known = {steps: lead for steps, lead in by_steps.items() if lead is not None}
+        if method != DEFAULT and known:
+            found.append((method, known))
+    return found
+
+
+def draw_steps(rows: Rows, path: Path) -> None:
+    """Mean accuracy against fine-tuning steps at a tenth of the units; tasks that all of the methods have."""
+    figure, panels = _panels(len(rows))
+    for panel, (name, one) in zip(panels, rows.items(), strict=True):
+        chosen = [
+            row for row in of_stage(one, "test") if row["keep"] == 0.1 and not row["shots"] and not row["sources"]
+        ]
+        for method in CURVES:
+            values = {steps: accuracies(chosen, method, steps) for steps in STEPS}
+            if all(values.values()):
+                panel.plot(STEPS, [_mean(values[steps]) for steps in STEPS], marker="o", markersize=3, label=method)
+        wholes = {tuple(row["classes"]): row["whole"] for row in chosen}
+        if wholes:
+            panel.axhline(100 * float(np.mean(list(wholes.values()))), color="#333", linestyle="--", linewidth=0.8)
+        panel.set(title=name, xlabel="steps", xticks=STEPS, ylabel="accuracy, %")
+    panels[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_varied(rows: Rows, path: Path, what: str, methods: Sequence[str], steps: int, label: str) -> None:
+    """Mean accuracy against ``what`` of a row is varied: *keep*, *shots* or *sources*. None is the protocol's own."""
+    figure, panels = _panels(len(rows))
+    for panel, (name, one) in zip(panels, rows.items(), strict=True):
+        own = {"keep": 0.1, "shots": 100, "sources": max((row["records"] for row in one), default=1) - 1}
+        tested = of_stage(one, "test")
+        others = [key for key in ("keep", "shots", "sources") if key != what]
+        chosen = [row for row in tested if all(row[key] == (0.1 if key == "keep" else None) for key in others)]
+        for method in methods:
+            by_value: dict[float, dict[Any, float]] = {}
+            for row in chosen:
+                if row["method"] == method and str(steps) in row["accuracy"]:
+                    value = own[what] if row[what] is None else row[what]
+                    by_value.setdefault(value, {})[tuple(row["classes"])] = row["accuracy"][str(steps)]
+            # Only tasks that were run at every value: else values would differ by their tasks.
+            common = set.intersection(*map(set, by_value.values())) if by_value else set()
+            if common and len(by_value) > 1:
+                values = sorted(by_value)
+                means = [_mean({task: by_value[value][task] for task in common}) for value in values]
+                panel.plot(values, means, marker="o", markersize=3, label=f"{method} ({len(common)} tasks)")
+        panel.set(title=name, xlabel=label, ylabel=f"accuracy after {steps} steps, %", xscale="log")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_costs(costs: Mapping[str, Costs], path: Path) -> None:
+    """Seconds for so many tasks, the bank's building included, beside pruning each from scratch."""
+    figure, panels = _panels(len(costs))
+    numbers = np.unique(np.geomspace(1, 1000, 40).round())
+    for panel, (name, found) in zip(panels, costs.items(), strict=True):
+        panel.plot(numbers, (found.bank + numbers * found.adapt) / 3600, label="a bank, then adapt")
+        panel.plot(numbers, (found.broad + numbers * found.adapt) / 3600, label="a bank of the broad task alone")
+        for method, seconds in found.others.items():
+            panel.plot(numbers, numbers * seconds / 3600, linestyle="--", label=method)
+        panel.set(title=name, xlabel="tasks served", ylabel="hours on a core", xscale="log", yscale="log")
+    panels[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def _panels(count: int, height: float = 3.0, **options: Any) -> tuple[Figure, list[Axes]]:
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, max(count, 1), figsize=(3.4 * max(count, 1), height), **options)
+    return figure, list(np.atleast_1d(panels))
+
+
+def _mean(values: Mapping[Any, float]) -> float:
+    return 100 * float(np.mean(list(values.values())))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
