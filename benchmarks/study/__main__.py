@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.study.costs import write_bank_costs
 from benchmarks.study.protocol import STAGES, read_protocol
 from benchmarks.study.running import Places, Row, open_or_build, read_rows, run_protocol
 from benchmarks.study.tables import page
@@ -46,6 +47,7 @@ def _run(options: argparse.Namespace) -> int:
     rows = options.out or RESULTS / f"{protocol.name}.jsonl"
     places = Places(options.data, options.weights, options.banks, rows)
     bank = open_or_build(protocol, places, options.workers)
+    write_bank_costs(bank, rows.with_suffix(".bank.json"))
 
     def show(row: Row, number: int, of: int) -> None:
         found = ", ".join(f"{steps}: {value:.1%}" for steps, value in row["accuracy"].items())

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.study.costs import Costs
-from benchmarks.study.statistics import Row, accuracies, difference, of_stage
+from benchmarks.study.statistics import Row, accuracies, at_home, difference, of_stage
 from benchmarks.study.tables import DEFAULT
 
 Rows = Mapping[str, Sequence[Row]]
@@ -32,7 +32,7 @@ STYLE = {
 
 def draw_leads(rows: Rows, path: Path) -> None:
     """By how much the default leads every method, with intervals: a panel a protocol, a mark a number of steps."""
-    found = {name: _leads(of_stage(one, "test")) for name, one in rows.items()}
+    found = {name: _leads(at_home(of_stage(one, "test"))) for name, one in rows.items()}
     methods = list(dict.fromkeys(method for leads in found.values() for method, _ in leads))
     figure, panels = _panels(len(rows), height=1.2 + 0.27 * len(methods), sharey=True)
     for panel, (name, leads) in zip(panels, found.items(), strict=True):
@@ -54,12 +54,11 @@ def draw_leads(rows: Rows, path: Path) -> None:
 
 
 def _leads(rows: Sequence[Row]) -> list[tuple[str, dict[int, Any]]]:
-    """Each method's rows beside the default's, at the protocol's own keep ratio and shots, by steps."""
-    chosen = [row for row in rows if row["keep"] == 0.1 and not row["shots"] and not row["sources"]]
+    """Each method's rows beside the default's, by steps."""
     found = []
-    for method in dict.fromkeys(row["method"] for row in chosen):
+    for method in dict.fromkeys(row["method"] for row in rows):
         by_steps = {
-            steps: difference(accuracies(chosen, DEFAULT, steps), accuracies(chosen, method, steps)) for steps in STEPS
+            steps: difference(accuracies(rows, DEFAULT, steps), accuracies(rows, method, steps)) for steps in STEPS
         }
         known = {steps: lead for steps, lead in by_steps.items() if lead is not None}
         if method != DEFAULT and known:
@@ -71,9 +70,7 @@ def draw_steps(rows: Rows, path: Path) -> None:
     """Mean accuracy against fine-tuning steps at a tenth of the units; tasks that all of the methods have."""
     figure, panels = _panels(len(rows))
     for panel, (name, one) in zip(panels, rows.items(), strict=True):
-        chosen = [
-            row for row in of_stage(one, "test") if row["keep"] == 0.1 and not row["shots"] and not row["sources"]
-        ]
+        chosen = at_home(of_stage(one, "test"))
         for method in CURVES:
             values = {steps: accuracies(chosen, method, steps) for steps in STEPS}
             if all(values.values()):

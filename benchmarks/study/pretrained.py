@@ -113,9 +113,9 @@ def sources_of(bank: Bank, shots: int = SHOTS) -> SourceImages:
 
 
 def generic_mask(bank: Bank, space: UnitSpace, keep: float) -> Mask:
-    """One mask for every task: the mean soft score of all records, each with the same weight, at a keep ratio."""
-    scores = bank.lessons([entry.id for entry in bank.entries()]).scores
-    ballot = ballot_smsp(space, scores, np.full(len(scores), 1 / len(scores)))
+    """One mask for every task: the units that most records kept, each with the same weight, at a keep ratio."""
+    lessons = bank.lessons([entry.id for entry in bank.entries()])
+    ballot = ballot_smsp(space, lessons.kept, lessons.scores, np.full(len(lessons.kept), 1 / len(lessons.kept)))
     return select(space, ballot.scores, Budget(keep=keep), ties=ballot.ties).mask
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kinprune.pair_statistics import levels
+from kinprune.pair_statistics import rank_correlation as spearman
+
 Row = Mapping[str, Any]
 DRAWS = 10_000
 
@@ -42,6 +45,31 @@ def merge(rows: Sequence[Row]) -> list[Row]:
         else:
             found[key] = dict(row)
     return list(found.values())
+
+
+def of_stage(rows: Sequence[Row], stage: str) -> list[Row]:
+    """The rows of a stage: *validation* or *test*."""
+    return [row for row in rows if row["stage"] == stage]
+
+
+def at_home(rows: Sequence[Row]) -> list[Row]:
+    """The rows at a tenth of the units, with all the bank and as many images as the protocol gives."""
+    return [row for row in rows if row["keep"] == 0.1 and not row["shots"] and not row["sources"]]
+
+
+def steps_to(rows: Sequence[Row], method: str, share: float = 0.99) -> int | None:
+    """The fewest steps after which a method has ``share`` of its mean accuracy after 60; None where one is not known."""
+    means = {steps: accuracies(rows, method, steps) for steps in (0, 15, 60)}
+    if not all(means.values()):
+        return None
+    last = np.mean(list(means[60].values()))
+    return next(steps for steps, values in means.items() if np.mean(list(values.values())) >= share * last)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's, ties at their middle rank; NaN where one of the two does not vary."""
+    weights = np.ones(len(first))
+    return spearman(levels(np.array(first)), levels(np.array(second)), weights)
 
 
 def accuracies(rows: Sequence[Row], method: str, steps: int) -> dict[tuple[Any, ...], float]:

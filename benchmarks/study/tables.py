@@ -39,10 +39,7 @@ tasks. `+` marks leads, and `-` the default's deficits, whose interval excludes 
 def table(rows: Sequence[Row]) -> str:
     """A line a method, in the order they were run, the default first."""
     steps = sorted({int(number) for row in rows for number in row["accuracy"]})
-    lines = [
-        "| method | tasks | whole model |" + "".join(f" {number} steps | lead |" for number in steps),
-        "|---|---:|---:|" + "---:|---:|" * len(steps),
-    ]
+    lines = []
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for method in sorted(methods, key=lambda name: name != DEFAULT):
         mine = [row for row in rows if row["method"] == method]
@@ -53,5 +50,13 @@ def table(rows: Sequence[Row]) -> str:
             mark = "" if lead is None or not lead.sure else " `+`" if lead.mean > 0 else " `-`"
             cells += [f"{np.mean(list(values.values())):.1%}" if values else "", f"{lead}{mark}" if lead else ""]
         whole = np.mean([row["whole"] for row in mine])
-        lines.append(f"| {method} | {len(mine)} | {whole:.1%} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([method, str(len(mine)), f"{whole:.1%}", *cells])
+    head = [cell for number in steps for cell in (f"{number} steps", "lead")]
+    return markdown(["method", "tasks", "whole model", *head], lines)
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, words to the left and numbers to the right."""
+    numeric = [any(line[place][:1] in "+-0123456789" for line in lines if line[place]) for place in range(len(head))]
+    every = [head, ["---:" if right else "---" for right in numeric], *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in every)

@@ -14,6 +14,7 @@ from kinprune.training import Recipe
 from kinprune.voting import TEMPERATURE, Weighting
 
 Method = Literal["mvp", "smsp"]
+ScoreMask = Literal["kept", "soft"]
 Inheritance = Literal["auto", "average", "nearest", "backbone"]
 
 
@@ -22,7 +23,7 @@ class AdaptPlan:
     """How to adapt.
 
     ``method`` *mvp* lets the neighbours vote on the units for each budget, *smsp* makes one score mask for all of
-    them. ``search`` says who the neighbours are, ``weighting`` and ``temperature`` how much each counts (see
+    them: of the units that the neighbours' own pruned models have (``score_mask`` *kept*) or of their mean *soft* scores. ``search`` says who the neighbours are, ``weighting`` and ``temperature`` how much each counts (see
     ``neighbour_weights``). ``inheritance`` is where the kept units' weights come from: the *average* of the neighbours
     that kept them, the *nearest* neighbour alone, or the *backbone*; *auto* tries the first and the last. ``blend`` is
     the share of the target's own ``criterion`` in the vote, from 0 to 1; None tries the kin alone and the target alone.
@@ -34,6 +35,7 @@ class AdaptPlan:
     """
 
     method: Method = "smsp"
+    score_mask: ScoreMask = "kept"
     search: Search = field(default_factory=Search)
     weighting: Weighting = "softmax"
     temperature: float = TEMPERATURE
@@ -53,6 +55,7 @@ class AdaptPlan:
     def __post_init__(self) -> None:
         for name, word, known in (
             ("method", self.method, get_args(Method)),
+            ("score mask", self.score_mask, get_args(ScoreMask)),
             ("inheritance", self.inheritance, get_args(Inheritance)),
             ("weighting", self.weighting, get_args(Weighting)),
             ("criterion", self.criterion, CRITERIA),

@@ -225,6 +225,7 @@ class _Work:
         """A ballot and a selection for each budget; with SMSP one ballot serves all, and the selections nest."""
         plan, space, blend = self.plan, self.space, trial.blend
         voters = list(trial.voters)
+        kept = lessons.kept[voters] if plan.score_mask == "kept" else None
         rankings, scores, shares = lessons.rankings[voters], lessons.scores[voters], np.array(weights)[voters]
         how = {name: getattr(plan, name) for name in ("allocation", "normalisation", "multiple")}
         with self.stage("vote", "vote"):
@@ -232,7 +233,7 @@ class _Work:
                 ballot = (
                     ballot_ranking(space, rankings[0])
                     if len(voters) == 1 and blend == 0
-                    else ballot_smsp(space, scores, shares, own=own, share=blend)
+                    else ballot_smsp(space, kept, scores, shares, own=own, share=blend)
                 )
                 return [ballot] * len(budgets), select_family(space, ballot.scores, budgets, ties=ballot.ties, **how)
             mixed: dict[str, Any] = {"own": own, "share": blend, "multiple": plan.multiple}

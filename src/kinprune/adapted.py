@@ -64,13 +64,14 @@ def adapted_record(adapted: Adapted, sized: Sized, task: DecodedTask) -> Record:
 
 
 def _soft_scores(adapted: Adapted, sized: Sized) -> Scores:
-    """The ballot's scores normalised by group, as a score mask averages them (``voting.ballot_smsp``).
+    """The ballot's scores normalised by group, as a score mask averages them (``voting.score_mask``).
 
-    Bare votes (MVP without a blend) are shares of neighbours, most of them 0 or 1, that say nothing of how important
-    a unit is: the neighbours' mean soft scores, which break the votes' ties, stand for them.
+    Bare votes are shares of neighbours, most of them 0 or 1, that say nothing of how important a unit is: the
+    neighbours' mean soft scores, which break the votes' ties, stand for them.
     """
     ballot, plan = sized.ballot, adapted.plan
-    bare = plan.method == "mvp" and adapted.blend == 0
+    voted = plan.method == "mvp" or (plan.score_mask == "kept" and len(adapted.voters) > 1)
+    bare = voted and adapted.blend == 0
     return normalise(adapted.space, ballot.ties[0] if bare else ballot.scores, plan.normalisation)
 
 

@@ -1,8 +1,8 @@
 """Voting: the neighbours' rankings or soft scores to one score a unit.
 
 Hard votes (MVP, arXiv 2301.11560) count the neighbours that keep a unit at the ratio the budget comes to; a score mask
-(SMSP, arXiv 2307.04365) is the neighbours' mean soft score and serves every budget. Nothing here depends on the order
-in which neighbours come, bit for bit.
+(SMSP, arXiv 2307.04365) serves every budget: the neighbours whose own pruned model has the unit, or their mean soft
+score. Nothing here depends on the order in which neighbours come, bit for bit.
 """
 
 from __future__ import annotations
@@ -98,14 +98,32 @@ def vote(space: UnitSpace, rankings: NDArray[np.integer[Any]], counts: Counts, w
         raise UnitError(
             f"the counts are {numbers.tolist()}, expected one for each of {len(space.sizes)} groups, within their sizes"
         )
-    limits = numbers[space.group_of]
+    return _shares(rankings < numbers[space.group_of], weights)
+
+
+def share_kept(space: UnitSpace, kept: NDArray[np.bool_], weights: Weights) -> Scores:
+    """The weighted share, in [0, 1], of the neighbours whose own pruned model has the unit: ``kept`` is ``[k, u]``.
+
+    Raises:
+        UnitError: the masks are not of this unit space.
+        ImportanceError: there is no neighbour, or weights are not k finite numbers above 0.
+    """
+    weights = _checked_weights(weights, len(kept))
+    if kept.shape != (len(weights), len(space)) or kept.dtype != np.bool_:
+        raise UnitError(
+            f"the masks are {kept.dtype} of the shape {kept.shape}, expected bool ({len(weights)}, {len(space)}): a "
+            "row a neighbour, whether it has each unit of this space"
+        )
+    return _shares(kept, weights)
+
+
+def _shares(voted: NDArray[np.bool_], weights: Weights) -> Scores:
     # Neighbours of equal weight add the same number or nothing: sorted by weight the sums are always the same.
-    order = np.argsort(weights, kind="stable")
-    votes, whole = np.zeros(len(space)), 0.0
-    for place in order:
-        votes += np.where(rankings[place] < limits, weights[place], 0.0)
+    total, whole = np.zeros(voted.shape[1]), 0.0
+    for place in np.argsort(weights, kind="stable"):
+        total += np.where(voted[place], weights[place], 0.0)
         whole += weights[place]
-    return np.round(votes / whole, DIGITS)
+    return np.round(total / whole, DIGITS)
 
 
 def score_mask(space: UnitSpace, soft: Floats, weights: Weights) -> Scores:
@@ -179,16 +197,27 @@ def ballot_mvp(
 
 
 def ballot_smsp(
-    space: UnitSpace, soft: Floats, weights: Weights, *, own: Scores | None = None, share: float = 0.0
+    space: UnitSpace,
+    kept: NDArray[np.bool_] | None,
+    soft: Floats,
+    weights: Weights,
+    *,
+    own: Scores | None = None,
+    share: float = 0.0,
 ) -> Ballot:
-    """The neighbours' score mask, for every budget; ties go by ``own``. Raises as score_mask and blend do.
+    """The neighbours' score mask, for every budget; ties go by their mean soft score, then by ``own``.
 
-    ``share`` above 0 blends the target's own importance in, by ranks: sizes of scores then no longer count.
+    A unit's score is the share of the neighbours whose pruned model has it (see ``share_kept``): where many have it,
+    many have weights for it that were trained together. With ``kept`` None it is the mean soft score itself. ``share``
+    above 0 blends the target's own importance in, by ranks: sizes of scores then no longer count. Raises as share_kept,
+    score_mask and blend do.
     """
     own = _checked_own(space, own, share)
     means = score_mask(space, soft, weights)
-    scores = means if own is None or share == 0 else blend(space, means, own, share)
-    return Ballot(scores, () if own is None else (own,))
+    found = means if kept is None else share_kept(space, kept, weights)
+    scores = found if own is None or share == 0 else blend(space, found, own, share)
+    ties = () if kept is None else (means,)
+    return Ballot(scores, ties if own is None else (*ties, own))
 
 
 def ballot_ranking(space: UnitSpace, ranking: NDArray[np.integer[Any]]) -> Ballot:

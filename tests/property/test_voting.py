@@ -18,7 +18,17 @@ from kinprune.units import Group, UnitSpace
 from kinprune.units.costs import StateTensor, cost_model
 from kinprune.units.layout import Fixed, Layout, Units
 from kinprune.units.trace import Operation, Output
-from kinprune.voting import Ballot, ballot_mvp, ballot_smsp, blend, counts_for, neighbour_weights, score_mask, vote
+from kinprune.voting import (
+    Ballot,
+    ballot_mvp,
+    ballot_smsp,
+    blend,
+    counts_for,
+    neighbour_weights,
+    score_mask,
+    share_kept,
+    vote,
+)
 
 
 def chain(sizes: list[int]) -> UnitSpace:
@@ -58,11 +68,18 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(space, rankings, soft, weights, random.exponential(size=len(space)), list(order))
 
 
+def kept_by(case: Case) -> NDArray[np.bool_]:
+    """Masks of the neighbours' own: of sizes that differ, as rankings have it."""
+    shares = np.linspace(0.2, 0.7, len(case.rankings))[:, None]
+    return np.asarray(case.rankings < np.maximum(shares * case.space.sizes[case.space.group_of], 1))
+
+
 def ballots(case: Case, budget: Budget, share: float, order: list[int]) -> list[Ballot]:
     rankings, soft, weights = case.rankings[order], case.soft[order], case.weights[order]
     return [
         ballot_mvp(case.space, rankings, soft, weights, budget, own=case.own, share=share),
-        ballot_smsp(case.space, soft, weights, own=case.own, share=share),
+        ballot_smsp(case.space, None, soft, weights, own=case.own, share=share),
+        ballot_smsp(case.space, kept_by(case)[order], soft, weights, own=case.own, share=share),
     ]
 
 
@@ -73,8 +90,10 @@ def test_votes_and_means_are_those_of_loops(case: Case, keep: float) -> None:
     assert counts.tolist() == [max(math.floor(size * keep + 1e-9), 1) for size in case.space.sizes]
     votes = vote(case.space, case.rankings, counts, case.weights)
     means = score_mask(case.space, case.soft, case.weights)
+    kept, shares = kept_by(case), share_kept(case.space, kept_by(case), case.weights)
     for unit in range(len(case.space)):
         voted = mean = 0.0
+        assert abs(shares[unit] - sum(case.weights[kept[:, unit]])) < 1e-9 and 0 <= shares[unit] <= 1
         for neighbour, weight in enumerate(case.weights):
             if case.rankings[neighbour, unit] < counts[case.space.group_of[unit]]:
                 voted += weight

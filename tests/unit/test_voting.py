@@ -21,6 +21,7 @@ from kinprune.voting import (
     counts_for,
     neighbour_weights,
     score_mask,
+    share_kept,
     vote,
 )
 
@@ -196,9 +197,21 @@ def test_the_tie_of_votes_goes_by_soft_score_then_by_the_targets_own_then_by_ind
     own = np.r_[[1.0, 9, 9, 2], np.zeros(8)]
     assert kept(ballot_mvp(space, rankings, equal, weights, budget, own=own), space, budget) == [[3], [0, 1]]
     assert kept(ballot_mvp(space, rankings, equal, weights, budget), space, budget) == [[0], [0, 1]]
-    assert kept(ballot_smsp(space, soft, weights), space, budget) == [[3], [0, 1]]
-    assert kept(ballot_smsp(space, equal, weights, own=own), space, budget) == [[1], [0, 1]]
-    assert kept(ballot_smsp(space, equal, weights), space, budget) == [[0], [0, 1]]
+    assert kept(ballot_smsp(space, None, soft, weights), space, budget) == [[3], [0, 1]]
+    assert kept(ballot_smsp(space, None, equal, weights, own=own), space, budget) == [[1], [0, 1]]
+    assert kept(ballot_smsp(space, None, equal, weights), space, budget) == [[0], [0, 1]]
+    masks = np.array([[0, 1, 0, 1, *[1] * 8], [0, 1, 0, 1, *[1] * 8]], dtype=bool)
+    assert kept(ballot_smsp(space, masks, equal, weights, own=own), space, budget) == [[1], [0, 1]]
+    assert kept(ballot_smsp(space, masks, soft, weights, own=own), space, budget) == [[3], [0, 1]]
+
+
+def test_a_score_mask_of_what_neighbours_kept_by_hand(space: UnitSpace) -> None:
+    masks = np.array([[1, 1, 0, 0, *[1] * 8], [1, 0, 1, 0, *[0] * 8], [0, 1, 1, 0, *[1] * 8]], dtype=bool)
+    weights = np.array([0.5, 0.3, 0.2])
+    assert share_kept(space, masks, weights).tolist() == [0.8, 0.7, 0.5, 0, *[0.7] * 8]
+    ballot = ballot_smsp(space, masks, SOFT, weights)
+    assert ballot.scores.tolist() == [0.8, 0.7, 0.5, 0, *[0.7] * 8]
+    assert np.array_equal(ballot.ties[0], score_mask(space, SOFT, weights))
 
 
 @pytest.mark.parametrize("keep", [step / 40 for step in range(1, 41)])
@@ -233,12 +246,12 @@ def test_a_share_of_the_targets_own_turns_the_vote(space: UnitSpace) -> None:
     assert kept(only_kin, space, budget) == [[0, 1], [0, 1, 2, 4]]
     only_own = ballot_mvp(space, RANKINGS, SOFT, WEIGHTS, budget, own=own, share=1)
     assert kept(only_own, space, budget) == [[2, 3], [4, 5, 6, 7]]
-    mixed = ballot_smsp(space, SOFT, WEIGHTS, own=own, share=0.5)
+    mixed = ballot_smsp(space, None, SOFT, WEIGHTS, own=own, share=0.5)
     assert np.array_equal(mixed.scores, blend(space, score_mask(space, SOFT, WEIGHTS), own, 0.5))
 
 
 def test_one_score_mask_serves_a_nested_family(space: UnitSpace) -> None:
-    ballot = ballot_smsp(space, SOFT, WEIGHTS)
+    ballot = ballot_smsp(space, None, SOFT, WEIGHTS)
     budgets = [Budget(keep=0.25), Budget(parameters=40), Budget(macs=20), Budget(keep=0.75)]
     family = select_family(space, ballot.scores, budgets, ties=ballot.ties)
     assert family[1].costs.parameters <= 40 and family[2].costs.macs <= 20

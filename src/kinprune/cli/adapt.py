@@ -38,6 +38,7 @@ def adapt_command(
     image_column: shared.ImageColumn = None,
     label_column: shared.LabelColumn = None,
     method: own.Vote = "smsp",
+    score_mask: own.ScoreMask = "kept",
     neighbours: own.Neighbours = "10",
     measure: own.Measure = "leep",
     exact: own.Exact = 0,
@@ -94,6 +95,7 @@ def adapt_command(
     )
     plan = AdaptPlan(
         method=word(method),
+        score_mask=word(score_mask),
         search=own.search_of(neighbours, measure=measure, exact=exact, seed=seed),
         weighting=word(weighting),
         temperature=TEMPERATURE if temperature is None else temperature,

@@ -98,6 +98,16 @@ Vote = Annotated[
         help="smsp makes one score mask for every size, mvp lets the neighbours vote for each.",
     ),
 ]
+ScoreMask = Annotated[
+    str,
+    typer.Option(
+        "--score-mask",
+        metavar="NAME",
+        rich_help_panel=KIN,
+        help="Of which smsp makes its mask: kept, the units that the neighbours' own models have; soft, their mean "
+        "soft scores.",
+    ),
+]
 Sizes = Annotated[
     str | None,
     typer.Option(

@@ -29,7 +29,7 @@ from kinprune.report.sizes import (
 from kinprune.tasks import DecodedTask
 
 METHODS = {
-    "smsp": "one score mask of the neighbours' soft scores, cut to every size (SMSP)",
+    "smsp": "one score mask of the neighbours, cut to every size (SMSP)",
     "mvp": "a vote of the neighbours on the units of each size (MVP)",
 }
 WEIGHTS = {
