@@ -58,7 +58,7 @@ def at_home(rows: Sequence[Row]) -> list[Row]:
 
 
 def steps_to(rows: Sequence[Row], method: str, share: float = 0.99) -> int | None:
-    """The fewest steps after which a method has ``share`` of its mean accuracy after 60; None where one is not known."""
+    """After how few steps a method has ``share`` of its mean accuracy after 60; None where one is not known."""
     means = {steps: accuracies(rows, method, steps) for steps in (0, 15, 60)}
     if not all(means.values()):
         return None

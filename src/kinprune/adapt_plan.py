@@ -23,7 +23,8 @@ class AdaptPlan:
     """How to adapt.
 
     ``method`` *mvp* lets the neighbours vote on the units for each budget, *smsp* makes one score mask for all of
-    them: of the units that the neighbours' own pruned models have (``score_mask`` *kept*) or of their mean *soft* scores. ``search`` says who the neighbours are, ``weighting`` and ``temperature`` how much each counts (see
+    them: of the units that the neighbours' own pruned models have (``score_mask`` *kept*), or of their mean *soft*
+    scores. ``search`` says who the neighbours are, ``weighting`` and ``temperature`` how much each counts (see
     ``neighbour_weights``). ``inheritance`` is where the kept units' weights come from: the *average* of the neighbours
     that kept them, the *nearest* neighbour alone, or the *backbone*; *auto* tries the first and the last. ``blend`` is
     the share of the target's own ``criterion`` in the vote, from 0 to 1; None tries the kin alone and the target alone.
