@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.costs import write_bank_costs
-from benchmarks.study.protocol import STAGES, read_protocol
+from benchmarks.study.protocol import STAGES, read_protocol, smoke
 from benchmarks.study.running import Places, Row, open_or_build, read_rows, run_protocol
 from benchmarks.study.tables import page
 from kinprune.errors import KinpruneError
@@ -44,6 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
     protocol = read_protocol(options.protocol)
+    protocol = smoke(protocol) if options.smoke else protocol
     rows = options.out or RESULTS / f"{protocol.name}.jsonl"
     places = Places(options.data, options.weights, options.banks, rows)
     bank = open_or_build(protocol, places, options.workers)
@@ -76,6 +77,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="every N-th target task")
     parser.add_argument("--workers", type=int, default=1, help="processes that build the bank")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="the same made tiny: see that all of it runs")
     parser.add_argument("--out", type=Path, help="the file of rows")
     return parser.parse_args(arguments)
 

@@ -22,12 +22,10 @@ from benchmarks import peer
 from benchmarks.study.pretrained import (
     Pretrained,
     cache_folder,
-    distilled_weights,
-    generic_mask,
     reptile_weights,
     sources_of,
 )
-from benchmarks.study.starts import Start, cut, mend
+from benchmarks.study.starts import Start, cut
 from benchmarks.study.targets import TargetTask
 from kinprune.calibration import closed_form, head_inputs, solve_probe
 from kinprune.evaluation import lay_out, logits
@@ -35,7 +33,7 @@ from kinprune.importance import Batch, Scores, draw_batches, normalise, score
 from kinprune.preprocessing import normalise as normalise_images
 from kinprune.selection import Budget, select
 from kinprune.training.batches import shift_and_flip
-from kinprune.units import UnitSpace, extract
+from kinprune.units import UnitSpace
 
 SCORE_IMAGES, SCORE_BATCH = 256, 64
 """Images that importance is read from, as many as a ``kinprune.Plan`` reads unless told otherwise."""
@@ -157,7 +155,7 @@ def torch_pruning(target: TargetTask, keep: float) -> Start:
     return Start(model, closed.trainable, time.perf_counter() - started, details)
 
 
-def reptile(target: TargetTask, keep: float, *, episodes: int = 60) -> Start:
+def reptile(target: TargetTask, keep: float, *, episodes: int) -> Start:
     """Taylor's one-shot pruning of a meta-learned start: the backbone after Reptile over the bank's source tasks.
 
     See ``pretrained.reptile_weights``. The repair aims at the whole model, every method's teacher, and not at the
@@ -174,22 +172,6 @@ def reptile(target: TargetTask, keep: float, *, episodes: int = 60) -> Start:
     mask = select(target.space, scores, Budget(keep=keep)).mask
     taken = time.perf_counter() - started
     return cut(target, mask, taken, whole=meta, details=_shared("Reptile's episodes", learned))
-
-
-def distilled(target: TargetTask, keep: float, *, steps: int = 1200) -> Start:
-    """The same small model for every task: distilled once on all source classes, given this task's closed form.
-
-    See ``pretrained.distilled_weights``. Its units are the bank's vote of all records alike and know nothing of the
-    target.
-    """
-    learned = distilled_weights(target.bank, sources_of(target.bank), keep, cache_folder(target.bank), steps=steps)
-    started = time.perf_counter()
-    mask = generic_mask(target.bank, target.space, keep)
-    small = extract(target.dense, target.space, mask)
-    _put(small, learned.state)
-    taken = time.perf_counter() - started
-    details = _shared("distillation on all source classes", learned)
-    return mend(target, small, mask, taken, trained=True, details=details)
 
 
 def _taylor(model: nn.Module, target: TargetTask, *, images: int, batch: int, seed: int) -> Scores:

@@ -7,7 +7,6 @@ asked for (another bank, more records, other steps), it is made again.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -27,20 +26,16 @@ from torch.nn import functional
 
 import kinprune as kp
 from kinprune.bank import Bank
-from kinprune.bank.backbone import bank_space, load_bank_backbone
+from kinprune.bank.backbone import load_bank_backbone
 from kinprune.calibration import frozen_batch_norm, head_inputs, is_folded, reestimate_batch_norm, solve_probe
 from kinprune.errors import TaskError
 from kinprune.evaluation import lay_out
 from kinprune.preprocessing import Preprocessing, normalise
-from kinprune.pruning import repair
-from kinprune.selection import Budget, select
 from kinprune.tasks import Split, decode, load_task
 from kinprune.tasks.columns import LABEL_NAMES
-from kinprune.training import Recipe, fine_tune, hold_back
+from kinprune.training import Recipe
 from kinprune.training.batches import batches, shift_and_flip
 from kinprune.training.recipe import LEARNING_RATES, make_optimiser, optimiser_name, schedule
-from kinprune.units import Mask, UnitSpace, extract
-from kinprune.voting import ballot_smsp
 
 Tell = Callable[[str], None]
 
@@ -50,11 +45,6 @@ MOVE = 0.2
 """The share of the way to an episode's result that Reptile goes."""
 INNER_STEPS = 10
 """Training steps of a Reptile episode."""
-REPAIR_IMAGES = 1500
-"""Images that bring the generic small model to its closed form."""
-DISTIL_HELD_BACK = 0.03
-DISTIL_RATES = {"sgd": None, "adamw": 5e-4}
-"""Highest learning rates of the long distillation; None is the recipe's own."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +102,8 @@ def sources_of(bank: Bank, shots: int = SHOTS) -> SourceImages:
     raise ValueError(f"the bank's source images cannot be loaded: {refusals[0]}") from refusals[0]
 
 
-def generic_mask(bank: Bank, space: UnitSpace, keep: float) -> Mask:
-    """One mask for every task: the units that most records kept, each with the same weight, at a keep ratio."""
-    lessons = bank.lessons([entry.id for entry in bank.entries()])
-    ballot = ballot_smsp(space, lessons.kept, lessons.scores, np.full(len(lessons.kept), 1 / len(lessons.kept)))
-    return select(space, ballot.scores, Budget(keep=keep), ties=ballot.ties).mask
-
-
 def reptile_weights(
-    bank: Bank, sources: SourceImages, folder: Path, *, episodes: int = 60, seed: int = 0, tell: Tell | None = None
+    bank: Bank, sources: SourceImages, folder: Path, *, episodes: int, seed: int = 0, tell: Tell | None = None
 ) -> Pretrained:
     """The backbone's weights after Reptile (Nichol et al. 2018, arXiv 1803.02999) over the bank's source tasks.
 
@@ -131,27 +114,6 @@ def reptile_weights(
     """
     asked = _asked(bank, sources, episodes=episodes, inner_steps=INNER_STEPS, move=MOVE, seed=seed)
     return _kept(folder / "reptile", asked, lambda: _reptile(bank, sources, episodes, seed, tell or _to_stderr))
-
-
-def distilled_weights(
-    bank: Bank,
-    sources: SourceImages,
-    keep: float,
-    folder: Path,
-    *,
-    steps: int = 1200,
-    seed: int = 0,
-    tell: Tell | None = None,
-) -> Pretrained:
-    """The weights of the generic small model (``generic_mask``) at a keep ratio, trained on all source classes.
-
-    The whole model with a closed-form head over all source classes is cut by the mask, brought to its closed form and
-    trained for ``steps`` batches with the whole model as its teacher; the best state on held-back source images stays.
-    Made once a keep ratio and kept in ``folder``.
-    """
-    asked = _asked(bank, sources, keep=keep, steps=steps, rates=DISTIL_RATES, seed=seed)
-    name = f"distilled-{keep:g}"
-    return _kept(folder / name, asked, lambda: _distil(bank, sources, keep, steps, seed, tell or _to_stderr))
 
 
 def _reptile(
@@ -212,42 +174,6 @@ def _move_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     for name, tensor in model.state_dict().items():
         if name in before and tensor.is_floating_point():
             tensor.copy_(torch.lerp(before[name], tensor, MOVE))
-
-
-def _distil(
-    bank: Bank, sources: SourceImages, keep: float, steps: int, seed: int, tell: Tell
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    backbone = load_bank_backbone(bank, len(sources.classes))
-    space = bank_space(bank, backbone)
-    train, preprocessing = _decoded(sources, backbone)
-    fit, guard = hold_back(train, DISTIL_HELD_BACK, seed)
-    dense, head = copy.deepcopy(backbone.model), backbone.head
-    lay_out(dense)
-    tell(f"distilled: features of {len(fit)} source images")
-    solve_probe(dense, head, head_inputs(dense, head, fit.images, preprocessing), fit.labels, len(sources.classes))
-    mask = generic_mask(bank, space, keep)
-    small = extract(dense, space, mask)
-    lay_out(small)
-    chosen = torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))[:REPAIR_IMAGES]
-    closed = repair(small, dense, space, mask, Split(fit.images[chosen], fit.labels[chosen]), preprocessing, head=head)
-    rate = DISTIL_RATES[optimiser_name(small, Recipe())]
-    trained = fine_tune(
-        small,
-        fit,
-        preprocessing,
-        Recipe(steps=steps, learning_rate=rate, evaluations=5, seed=seed),
-        held_back=guard,
-        teacher=dense,
-        begin=closed.trainable,
-        on_step=lambda step, of, loss: _tell_some(tell, step, of, loss),
-    )
-    curve = [[point.step, round(point.accuracy, 4), round(point.loss, 4)] for point in trained.curve]
-    return _without_head(small, head), {"curve": curve, "best_step": trained.best_step, "rate": trained.learning_rate}
-
-
-def _tell_some(tell: Tell, step: int, steps: int, loss: float) -> None:
-    if step % 100 == 0 or step == steps:
-        tell(f"distilled: step {step} of {steps}, loss {loss:.3f}")
 
 
 def _decoded(sources: SourceImages, backbone: kp.Backbone) -> tuple[Split, Preprocessing]:

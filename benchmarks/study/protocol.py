@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +105,22 @@ def read_protocol(name: str) -> Protocol:
     targets = dict(content["targets"])
     targets["data"] = (targets["data"],) if isinstance(targets["data"], str) else tuple(targets["data"])
     return Protocol(path.stem, BankSource(**bank), Targets(**targets), parts, methods)
+
+
+def smoke(protocol: Protocol) -> Protocol:
+    """The protocol made tiny, to see in minutes that all of it runs: every method once, on one task of a stage.
+
+    Its bank, of a file of its own, has two narrow tasks and a broad one, and hardly anything is trained. What it gives
+    says nothing.
+    """
+    bank = replace(protocol.bank, file=f"smoke-{protocol.bank.file}", tasks=2, shots=8, broad_steps=1)
+    targets = replace(protocol.targets, shots=8, validation=1, test=1)
+    parts: dict[str, dict[str, None]] = {}
+    for part in protocol.parts:
+        parts.setdefault(part.stage, {}).update(dict.fromkeys(part.methods))
+    tiny = tuple(Part(stage, tuple(methods), steps=(1,)) for stage, methods in parts.items())
+    methods = {
+        name: {**method, "options": {option: 1 for option in method["options"]}} if "options" in method else method
+        for name, method in protocol.methods.items()
+    }
+    return Protocol(f"smoke-{protocol.name}", bank, targets, tiny, methods)

@@ -52,7 +52,7 @@ def begin(method: Mapping[str, Any], target: TargetTask, keep: float, sources: i
     if way == "baseline":
         from benchmarks.study import baselines
 
-        return getattr(baselines, method["name"])(target, keep)  # type: ignore[no-any-return]
+        return getattr(baselines, method["name"])(target, keep, **method.get("options", {}))  # type: ignore[no-any-return]
     raise ValueError(f"there is no way {way!r} to begin")
 
 

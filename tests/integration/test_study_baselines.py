@@ -194,40 +194,6 @@ def test_reptile_leaves_folded_batch_norms_alone(world: World) -> None:
     assert not torch.equal(model.get_parameter("conv1.0.weight"), before["conv1.0.weight"])
 
 
-def test_distilled_is_learned_once_and_is_the_same_for_every_task(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start = world.baselines.distilled(world.target, KEEP, steps=2)
-    assert "distilled:" in capsys.readouterr().err
-    check_start(world, start)
-    folder = world.pretrained.cache_folder(world.target.bank)
-    path = folder / "distilled-0.5.safetensors"
-    stamp = path.stat().st_mtime_ns
-    again = world.baselines.distilled(world.target, KEEP, steps=2)
-    assert path.stat().st_mtime_ns == stamp and not capsys.readouterr().err
-    assert same(start.model, again.model)
-    assert not list(folder.glob("*.tmp"))
-    made = json.loads(path.with_suffix(".json").read_text())
-    assert made["asked"]["sources"]["classes"] == sorted({c for e in world.target.bank.entries() for c in e.classes})
-    assert start.details["shared_seconds"] == made["seconds"] and len(made["curve"]) > 1
-
-
-def test_the_distilled_weights_are_what_the_small_model_starts_from(world: World, tmp_path: Path) -> None:
-    sources = world.pretrained.sources_of(world.target.bank, shots=6)
-    told: list[str] = []
-    make = world.pretrained.distilled_weights
-    still = make(world.target.bank, sources, KEEP, tmp_path, steps=0, tell=told.append)
-    mask = world.pretrained.generic_mask(world.target.bank, world.target.space, KEEP)
-    small = kp.extract(world.target.dense, world.target.space, mask)
-    head = world.target.backbone.head
-    expected = {name: tensor.shape for name, tensor in small.state_dict().items() if not name.startswith(f"{head}.")}
-    assert {name: tensor.shape for name, tensor in still.state.items()} == expected and told
-    trained = make(world.target.bank, sources, KEEP, tmp_path, steps=3, tell=told.append)
-    assert trained.made["asked"]["steps"] == 3 and still.made["asked"]["steps"] == 0
-    loaded = make(world.target.bank, sources, KEEP, tmp_path, steps=3, tell=told.append)
-    assert all(torch.equal(loaded.state[name], tensor) for name, tensor in trained.state.items())
-
-
 def test_the_label_column_of_a_banks_parquet_is_found(world: World, tmp_path: Path, make_pixels: Any) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = []
