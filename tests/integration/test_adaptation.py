@@ -16,13 +16,17 @@ import torch
 
 import kinprune as kp
 from kinprune.adapt_plan import AdaptPlan
+from kinprune.adapted import adapted_record
 from kinprune.bank.backbone import load_bank_backbone
 from kinprune.building import Source, build, sample_sources
 from kinprune.calibration import head_inputs
 from kinprune.errors import BankError, BudgetError, KinpruneError
+from kinprune.importance import normalise
 from kinprune.kin import Search, find_kin, rank_exactly, sources_of
 from kinprune.transferability import Target, TransferabilityError, transferability
 from kinprune.units import Mask, extract
+from kinprune.voting import ballot_smsp
+from kinprune.voting import score_mask as score_mask_of
 
 SOURCE_CLASSES = ("ant", "bat", "cow", "dog", "eel")
 TARGET_CLASSES = ("apple", "pear", "plum")
@@ -133,6 +137,21 @@ def test_one_neighbour_gives_its_own_units_by_a_score_mask_too(world: World) -> 
     adapted = kp.adapt(world.task, world.bank, kp.Budget(keep=0.3), plan)
     kept = world.bank.lessons([adapted.neighbours[0].entry.id]).kept[0]
     assert adapted.voters == (0,) and np.array_equal(adapted.sizes[0].selection.mask.kept, kept)
+
+
+@pytest.mark.parametrize("score_mask", ["kept", "soft"])
+def test_a_score_mask_is_of_what_neighbours_kept_or_of_their_soft_scores(world: World, score_mask: Any) -> None:
+    plan = replace(QUICK, score_mask=score_mask, inheritance="average", blend=0, recipe=kp.Recipe(steps=0))
+    adapted = kp.adapt(world.task, world.bank, kp.Budget(keep=0.3), plan)
+    lessons = world.bank.lessons([neighbour.entry.id for neighbour in adapted.neighbours])
+    kept = lessons.kept if score_mask == "kept" else None
+    ballot = ballot_smsp(world.space, kept, lessons.scores, np.array(adapted.weights))
+    expected = kp.select(world.space, ballot.scores, kp.Budget(keep=0.3), ties=ballot.ties)
+    assert adapted.sizes[0].selection.mask == expected.mask
+    # What a bank would learn of it are soft scores either way: shares of neighbours say little of importance.
+    soft = adapted_record(adapted, adapted.sizes[0], world.task).scores.astype(np.float64)
+    means = normalise(world.space, score_mask_of(world.space, lessons.scores, np.array(adapted.weights)), "mean")
+    assert np.allclose(soft, means, rtol=2e-3, atol=1e-6)
 
 
 def test_a_family_nests_and_shares_one_score_mask(world: World) -> None:
@@ -313,6 +332,7 @@ def test_adapt_on_the_command_line(kinprune: Callable[..., Any], world: World, t
         ("--keep 0.5 --method coin", "no method 'coin'"),
         ("--keep 0.5 --blend 3", "from 0 to 1"),
         ("--keep 0.5 --inherit uncle", "no inheritance 'uncle'"),
+        ("--keep 0.5 --score-mask fuzzy", "no score mask 'fuzzy'"),
         ("--keep 0.5 --weighting heavy", "no weighting 'heavy'"),
         ("--keep 0.5 --measure guess", "no measure 'guess'"),
         ("--max-params 10", "cannot be reached"),

@@ -350,7 +350,12 @@ def _store_of(url: URL, store: str | None) -> str:
 
 
 def _resolved(url: URL, place: str) -> str:
-    return str(Path(url.database or ".").resolve().parent / place[2:]) if place.startswith("./") else place
+    """Where the weights are: beside a SQLite file under the name they were made with, or, if that is gone, its own."""
+    if not place.startswith("./"):
+        return place
+    file = Path(url.database or ".").resolve()
+    made, renamed = (file.with_name(name) for name in (place[2:], f"{file.name}.weights"))
+    return str(renamed if renamed.is_dir() and not made.is_dir() else made)
 
 
 def _check_folder(path: Path) -> None:

@@ -238,6 +238,17 @@ def test_a_bank_in_a_file_can_move_with_its_weights(sqlite_bank: Bank, make_reco
     assert verify(moved).whole
 
 
+def test_a_bank_in_a_file_can_be_renamed_with_its_weights(sqlite_bank: Bank, make_record: Make, tmp_path: Path) -> None:
+    sqlite_bank.add(make_record(0))
+    sqlite_bank.close()
+    for ending in ("", ".weights"):
+        (tmp_path / f"bank.db{ending}").rename(tmp_path / f"other.db{ending}")
+    renamed = open_bank(tmp_path / "other.db")
+    assert_equal(renamed.record(renamed.entries()[0]), make_record(0))
+    assert renamed.add(make_record(1)) and verify(renamed).whole
+    assert not (tmp_path / "bank.db.weights").exists()
+
+
 def test_weights_go_wherever_fsspec_reaches(
     place: Any, backbone: Backbone, space: UnitSpace, make_record: Make, tmp_path: Path
 ) -> None:
