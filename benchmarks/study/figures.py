@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.study.costs import Costs
+from benchmarks.study.costs import OTHERS, Costs
 from benchmarks.study.statistics import Row, accuracies, at_home, difference, of_stage
 from benchmarks.study.tables import DEFAULT
 
@@ -26,8 +26,8 @@ STEPS = (0, 15, 60)
 STYLE = {
     **{"svg.fonttype": "none", "svg.hashsalt": "kinprune", "font.size": 9, "font.family": "sans-serif"},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25},
-    "axes.prop_cycle": plt.cycler(color=["#0b6e4f", "#d1495b", "#30638e", "#edae49", "#7a5195", "#8d99ae"]),
 }
+COLOURS = ("#0b6e4f", "#d1495b", "#30638e", "#edae49", "#7a5195", "#8d99ae")
 
 
 def draw_leads(rows: Rows, path: Path) -> None:
@@ -45,11 +45,11 @@ def draw_leads(rows: Rows, path: Path) -> None:
             reach = np.array([[lead.mean - lead.low, lead.high - lead.mean] for _, lead in drawn]).T
             up = [row + 0.22 * (place - 1) for row, _ in drawn]
             label = "before any step" if steps == 0 else f"after {steps} steps"
-            panel.errorbar(across, up, xerr=reach, fmt="o", markersize=3.5, linewidth=1.2, label=label)
+            dots = {"fmt": "o", "markersize": 3.5, "linewidth": 1.2, "color": COLOURS[place]}
+            panel.errorbar(across, up, xerr=reach, label=label, **dots)
         panel.set(title=name, xlabel="lead of the default, points", yticks=range(len(methods)))
         panel.set_yticklabels(methods)
     panels[0].invert_yaxis()
-    panels[0].legend(loc="lower right", fontsize=8)
     _save(figure, path)
 
 
@@ -71,15 +71,16 @@ def draw_steps(rows: Rows, path: Path) -> None:
     figure, panels = _panels(len(rows))
     for panel, (name, one) in zip(panels, rows.items(), strict=True):
         chosen = at_home(of_stage(one, "test"))
-        for method in CURVES:
+        for method, colour in zip(CURVES, COLOURS, strict=True):
             values = {steps: accuracies(chosen, method, steps) for steps in STEPS}
             if all(values.values()):
-                panel.plot(STEPS, [_mean(values[steps]) for steps in STEPS], marker="o", markersize=3, label=method)
+                means = [_mean(values[steps]) for steps in STEPS]
+                panel.plot(STEPS, means, marker="o", markersize=3, color=colour, label=method)
         wholes = {tuple(row["classes"]): row["whole"] for row in chosen}
         if wholes:
-            panel.axhline(100 * float(np.mean(list(wholes.values()))), color="#333", linestyle="--", linewidth=0.8)
+            whole = 100 * float(np.mean(list(wholes.values())))
+            panel.axhline(whole, color="#333", linestyle="--", linewidth=0.8, label="whole model")
         panel.set(title=name, xlabel="steps", xticks=STEPS, ylabel="accuracy, %")
-    panels[0].legend(fontsize=7)
     _save(figure, path)
 
 
@@ -91,7 +92,7 @@ def draw_varied(rows: Rows, path: Path, what: str, methods: Sequence[str], steps
         tested = of_stage(one, "test")
         others = [key for key in ("keep", "shots", "sources") if key != what]
         chosen = [row for row in tested if all(row[key] == (0.1 if key == "keep" else None) for key in others)]
-        for method in methods:
+        for method, colour in zip(methods, COLOURS, strict=False):
             by_value: dict[float, dict[Any, float]] = {}
             for row in chosen:
                 if row["method"] == method and str(steps) in row["accuracy"]:
@@ -102,10 +103,8 @@ def draw_varied(rows: Rows, path: Path, what: str, methods: Sequence[str], steps
             if common and len(by_value) > 1:
                 values = sorted(by_value)
                 means = [_mean({task: by_value[value][task] for task in common}) for value in values]
-                panel.plot(values, means, marker="o", markersize=3, label=f"{method} ({len(common)} tasks)")
+                panel.plot(values, means, marker="o", markersize=3, color=colour, label=method)
         panel.set(title=name, xlabel=label, ylabel=f"accuracy after {steps} steps, %", xscale="log")
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=7)
     _save(figure, path)
 
 
@@ -114,18 +113,21 @@ def draw_costs(costs: Mapping[str, Costs], path: Path) -> None:
     figure, panels = _panels(len(costs))
     numbers = np.unique(np.geomspace(1, 1000, 40).round())
     for panel, (name, found) in zip(panels, costs.items(), strict=True):
-        panel.plot(numbers, (found.bank + numbers * found.adapt) / 3600, label="a bank, then adapt")
-        panel.plot(numbers, (found.broad + numbers * found.adapt) / 3600, label="a bank of the broad task alone")
-        for method, seconds in found.others.items():
-            panel.plot(numbers, numbers * seconds / 3600, linestyle="--", label=method)
+        lines = {
+            "a bank, then adapt": (found.bank, found.adapt, "-"),
+            "a bank of the broad task alone, then adapt": (found.broad, found.adapt, "-"),
+            **{method: (0.0, found.others[method], "--") for method in OTHERS if method in found.others},
+        }
+        for (method, (once, each, style)), colour in zip(lines.items(), COLOURS, strict=False):
+            panel.plot(numbers, (once + numbers * each) / 3600, linestyle=style, color=colour, label=method)
         panel.set(title=name, xlabel="tasks served", ylabel="hours on a core", xscale="log", yscale="log")
-    panels[0].legend(fontsize=7)
     _save(figure, path)
 
 
 def _panels(count: int, height: float = 3.0, **options: Any) -> tuple[Figure, list[Axes]]:
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, max(count, 1), figsize=(3.4 * max(count, 1), height), **options)
+        size = (3.4 * max(count, 1), height)
+        figure, panels = plt.subplots(1, max(count, 1), figsize=size, layout="constrained", **options)
     return figure, list(np.atleast_1d(panels))
 
 
@@ -134,8 +136,12 @@ def _mean(values: Mapping[Any, float]) -> float:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    """One legend for all panels, below them."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    named = {label: mark for axes in figure.axes for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     with plt.rc_context(STYLE):
-        figure.tight_layout()
+        if named:
+            columns = max(1, min(len(named), int(figure.get_figwidth() / 2)))
+            figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
         figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

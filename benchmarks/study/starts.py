@@ -104,7 +104,7 @@ def _adapted(
     details = {
         **_closed(sized.closed_form),
         "inherited": sized.inherited,
-        "voters": adapted.voters,
+        "voters": len(adapted.voters),
         "blend": adapted.blend,
         "similarity": [round(neighbour.similarity, 5) for neighbour in adapted.neighbours[:10]],
         "neighbours_sharing_a_class": shared,
