@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.study.costs import OTHERS, Costs
-from benchmarks.study.statistics import Row, accuracies, at_home, difference, of_stage
+from benchmarks.study.statistics import LEAST_TASKS, Row, accuracies, at_home, difference, of_stage
 from benchmarks.study.tables import DEFAULT
 
 Rows = Mapping[str, Sequence[Row]]
@@ -60,7 +60,7 @@ def _leads(rows: Sequence[Row]) -> list[tuple[str, dict[int, Any]]]:
         by_steps = {
             steps: difference(accuracies(rows, DEFAULT, steps), accuracies(rows, method, steps)) for steps in STEPS
         }
-        known = {steps: lead for steps, lead in by_steps.items() if lead is not None}
+        known = {steps: lead for steps, lead in by_steps.items() if lead is not None and lead.tasks >= LEAST_TASKS}
         if method != DEFAULT and known:
             found.append((method, known))
     return found
@@ -85,8 +85,12 @@ def draw_steps(rows: Rows, path: Path) -> None:
 
 
 def draw_varied(rows: Rows, path: Path, what: str, methods: Sequence[str], steps: int, label: str) -> None:
-    """Mean accuracy against ``what`` of a row is varied: *keep*, *shots* or *sources*. None is the protocol's own."""
+    """Mean accuracy against ``what`` of a row is varied: *keep*, *shots* or *sources*. None is the protocol's own.
+
+    Nothing is written where nothing was varied yet.
+    """
     figure, panels = _panels(len(rows))
+    drawn = False
     for panel, (name, one) in zip(panels, rows.items(), strict=True):
         own = {"keep": 0.1, "shots": 100, "sources": max((row["records"] for row in one), default=1) - 1}
         tested = of_stage(one, "test")
@@ -104,8 +108,12 @@ def draw_varied(rows: Rows, path: Path, what: str, methods: Sequence[str], steps
                 values = sorted(by_value)
                 means = [_mean({task: by_value[value][task] for task in common}) for value in values]
                 panel.plot(values, means, marker="o", markersize=3, color=colour, label=method)
+                drawn = True
         panel.set(title=name, xlabel=label, ylabel=f"accuracy after {steps} steps, %", xscale="log")
-    _save(figure, path)
+    if drawn:
+        _save(figure, path)
+    else:
+        plt.close(figure)
 
 
 def draw_costs(costs: Mapping[str, Costs], path: Path) -> None:

@@ -13,11 +13,15 @@ from kinprune.pair_statistics import rank_correlation as spearman
 
 Row = Mapping[str, Any]
 DRAWS = 10_000
+LEAST_TASKS = 5
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean of paired differences with its 95 % interval, in points, over ``tasks`` tasks."""
+    """A mean of paired differences with its 95 % interval, in points, over ``tasks`` tasks.
+
+    Of fewer than ``LEAST_TASKS`` an interval says nothing: none is shown, and nothing is sure.
+    """
 
     mean: float
     low: float
@@ -27,10 +31,11 @@ class Difference:
     @property
     def sure(self) -> bool:
         """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+        return self.tasks >= LEAST_TASKS and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        interval = f" ({self.low:+.1f} to {self.high:+.1f})" if self.tasks >= LEAST_TASKS else ""
+        return f"{self.mean:+.1f}{interval}"
 
 
 def merge(rows: Sequence[Row]) -> list[Row]:

@@ -32,7 +32,8 @@ def page(rows: Sequence[Row]) -> str:
 _LEGEND = """\
 Mean accuracy on test images over the target tasks, before any step and after so many mini-batches. *lead* is by how
 much the default (smsp) is better, in points: the mean of the paired differences with a 95 % bootstrap interval over
-tasks. `+` marks leads, and `-` the default's deficits, whose interval excludes 0.
+tasks, from five tasks on. `+` marks leads, and `-` the default's deficits, whose interval excludes 0. A number in brackets
+is that of tasks where not all were run.
 """
 
 
@@ -48,7 +49,8 @@ def table(rows: Sequence[Row]) -> str:
             values = accuracies(mine, method, number)
             lead = difference(accuracies(rows, DEFAULT, number), values) if method != DEFAULT else None
             mark = "" if lead is None or not lead.sure else " `+`" if lead.mean > 0 else " `-`"
-            cells += [f"{np.mean(list(values.values())):.1%}" if values else "", f"{lead}{mark}" if lead else ""]
+            of = f" ({len(values)})" if len(values) < len(mine) else ""
+            cells += [f"{np.mean(list(values.values())):.1%}{of}" if values else "", f"{lead}{mark}" if lead else ""]
         whole = np.mean([row["whole"] for row in mine])
         lines.append([method, str(len(mine)), f"{whole:.1%}", *cells])
     head = [cell for number in steps for cell in (f"{number} steps", "lead")]
