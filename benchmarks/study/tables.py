@@ -32,8 +32,8 @@ def page(rows: Sequence[Row]) -> str:
 _LEGEND = """\
 Mean accuracy on test images over the target tasks, before any step and after so many mini-batches. *lead* is by how
 much the default (smsp) is better, in points: the mean of the paired differences with a 95 % bootstrap interval over
-tasks, from five tasks on. `+` marks leads, and `-` the default's deficits, whose interval excludes 0. A number in brackets
-is that of tasks where not all were run.
+tasks, from five tasks on. `+` marks leads, and `-` the default's deficits, whose interval excludes 0. A number
+in brackets is that of tasks, where not all were run.
 """
 
 
