@@ -87,33 +87,42 @@ def draw_steps(rows: Rows, path: Path) -> None:
 def draw_varied(rows: Rows, path: Path, what: str, methods: Sequence[str], steps: int, label: str) -> None:
     """Mean accuracy against ``what`` of a row is varied: *keep*, *shots* or *sources*. None is the protocol's own.
 
-    Nothing is written where nothing was varied yet.
+    Protocols where nothing was varied yet have no panel; without any, nothing is written.
     """
-    figure, panels = _panels(len(rows))
-    drawn = False
-    for panel, (name, one) in zip(panels, rows.items(), strict=True):
-        own = {"keep": 0.1, "shots": 100, "sources": max((row["records"] for row in one), default=1) - 1}
-        tested = of_stage(one, "test")
-        others = [key for key in ("keep", "shots", "sources") if key != what]
-        chosen = [row for row in tested if all(row[key] == (0.1 if key == "keep" else None) for key in others)]
+    found = {name: _curves(one, what, methods, steps) for name, one in rows.items()}
+    found = {name: curves for name, curves in found.items() if curves}
+    if not found:
+        return
+    figure, panels = _panels(len(found))
+    for panel, (name, curves) in zip(panels, found.items(), strict=True):
         for method, colour in zip(methods, COLOURS, strict=False):
-            by_value: dict[float, dict[Any, float]] = {}
-            for row in chosen:
-                if row["method"] == method and str(steps) in row["accuracy"]:
-                    value = own[what] if row[what] is None else row[what]
-                    by_value.setdefault(value, {})[tuple(row["classes"])] = row["accuracy"][str(steps)]
-            # Only tasks that were run at every value: else values would differ by their tasks.
-            common = set.intersection(*map(set, by_value.values())) if by_value else set()
-            if common and len(by_value) > 1:
-                values = sorted(by_value)
-                means = [_mean({task: by_value[value][task] for task in common}) for value in values]
-                panel.plot(values, means, marker="o", markersize=3, color=colour, label=method)
-                drawn = True
+            if method in curves:
+                panel.plot(*curves[method], marker="o", markersize=3, color=colour, label=method)
         panel.set(title=name, xlabel=label, ylabel=f"accuracy after {steps} steps, %", xscale="log")
-    if drawn:
-        _save(figure, path)
-    else:
-        plt.close(figure)
+    _save(figure, path)
+
+
+def _curves(
+    rows: Sequence[Row], what: str, methods: Sequence[str], steps: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Of each method the values of ``what`` and the mean accuracy at each, over the tasks that were run at all."""
+    own = {"keep": 0.1, "shots": 100, "sources": max((row["records"] for row in rows), default=1) - 1}
+    others = [key for key in ("keep", "shots", "sources") if key != what]
+    chosen = [
+        row for row in of_stage(rows, "test") if all(row[key] == (0.1 if key == "keep" else None) for key in others)
+    ]
+    curves = {}
+    for method in methods:
+        by_value: dict[float, dict[Any, float]] = {}
+        for row in chosen:
+            if row["method"] == method and str(steps) in row["accuracy"]:
+                value = own[what] if row[what] is None else row[what]
+                by_value.setdefault(value, {})[tuple(row["classes"])] = row["accuracy"][str(steps)]
+        common = set.intersection(*map(set, by_value.values())) if by_value else set()
+        if common and len(by_value) > 1:
+            means = [_mean({task: by_value[value][task] for task in common}) for value in sorted(by_value)]
+            curves[method] = (sorted(by_value), means)
+    return curves
 
 
 def draw_costs(costs: Mapping[str, Costs], path: Path) -> None:
