@@ -1,6 +1,6 @@
 """Run a protocol of the study, or write its tables.
 
-    python -m benchmarks.study PROTOCOL --data DIR --weights DIR --banks DIR [--stage validation|test] [--json]
+    python -m benchmarks.study PROTOCOL --data DIR --weights DIR --banks DIR [--stage validation|test] [--smoke]
 
 Every finished run is a line of ``benchmarks/results/study/PROTOCOL.jsonl``; run again, after Ctrl-C or ``kill -9``
 too, it goes on where it stopped. ``--share 1/2`` and ``--share 2/2`` do half of the target tasks each, for two
@@ -45,7 +45,8 @@ def _run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     protocol = read_protocol(options.protocol)
     protocol = smoke(protocol) if options.smoke else protocol
-    rows = options.out or RESULTS / f"{protocol.name}.jsonl"
+    # What a smoke run gives says nothing: it is no result.
+    rows = options.out or (options.banks if options.smoke else RESULTS) / f"{protocol.name}.jsonl"
     places = Places(options.data, options.weights, options.banks, rows)
     bank = open_or_build(protocol, places, options.workers)
     write_bank_costs(bank, rows.with_suffix(".bank.json"))

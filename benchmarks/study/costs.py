@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.statistics import Row, of_stage
+from benchmarks.study.statistics import Row, at_home, of_stage
 from kinprune.bank import Bank
 
 STEPS = "60"
 """The fine-tuning that tasks are counted with."""
 
-OTHERS = {"taylor": "taylor", "scratch": "scratch", "scratch, ten times the steps": "scratch, ten times the steps"}
+OTHERS = ("taylor", "scratch", "scratch, ten times the steps")
+"""The methods without a bank that it is held against."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def costs_of(path: Path, rows: Sequence[Row]) -> Costs | None:
     if not path.exists() or adapt is None:
         return None
     bank = BankCosts(**json.loads(path.read_text()))
-    others = {name: _seconds(rows, method) for name, method in OTHERS.items()}
+    others = {method: _seconds(rows, method) for method in OTHERS}
     return Costs(
         bank.narrow_seconds + bank.broad_seconds,
         bank.broad_seconds,
@@ -80,7 +81,7 @@ def _seconds(rows: Sequence[Row], method: str) -> float | None:
     """The mean seconds a task of a method's start and steps, at the protocol's own sizes."""
     found: list[dict[str, Any]] = [
         row["seconds"]
-        for row in of_stage(rows, "test")
-        if row["method"] == method and row["keep"] == 0.1 and not row["shots"] and STEPS in row.get("seconds", {})
+        for row in at_home(of_stage(rows, "test"))
+        if row["method"] == method and STEPS in row.get("seconds", {})
     ]
     return float(np.mean([one.get("start", 0.0) + one[STEPS] for one in found])) if found else None

@@ -1,6 +1,6 @@
 """Fill the tables of a page of evidence from the study's rows, and draw its figures.
 
-    python -m benchmarks.study.evidence [--results DIR] [--page docs/evidence.md] [--figures docs/images] [--json]
+    python -m benchmarks.study.evidence [--results DIR] [--page docs/evidence.md] [--figures docs/images]
 
 The page's own words stay; what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew.
 """
@@ -35,6 +35,16 @@ ROOT = Path(__file__).parents[2]
 NAMES = {"vit": "ViT-tiny", "mobile": "MobileNetV2", "cnn-cifar": "ResNet-18"}
 """The protocols of the page, and what their figures call them."""
 UNSEEN = {"vit-unseen": "ViT-tiny", "mobile-unseen": "MobileNetV2", "cnn-unseen": "ResNet-18"}
+PARTS = {
+    "kin's units, backbone's weights": "kin",
+    "own units, kin's weights": "kin",
+    "kin, no reconstruction": "kin",
+    "kin, head from class means": "kin",
+    "kin": "taylor",
+    "taylor, no reconstruction": "taylor",
+    "taylor, head from class means": "taylor",
+}
+"""Methods, and those that they differ from in one part."""
 BLOCK = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Rows = Mapping[str, Sequence[Row]]
@@ -48,6 +58,7 @@ def tables(rows: Rows, unseen: Rows, costs: Mapping[str, Costs]) -> dict[str, Ca
         "shots": lambda: _varied(rows, "shots", 0),
         "sources": lambda: _varied(rows, "sources", 0),
         "similarity": lambda: _similarity(rows),
+        "parts": lambda: _parts(rows),
         "unseen": lambda: _unseen(unseen),
         "costs": lambda: _costs(costs),
     }
@@ -134,6 +145,20 @@ def _similarity(rows: Rows) -> str:
         lines.append([NAMES[name], str(len(kin)), f"{correlation:.2f}", *leads])
     head = ["backbone", "tasks", "rank correlation", "nearest less random", "less farthest", "less all"]
     return markdown(head, lines)
+
+
+def _parts(rows: Rows) -> str:
+    """Methods with one part changed beside those that they were changed from, before any step, on the tasks of both."""
+    lines = []
+    for name, one in rows.items():
+        tested = at_home(of_stage(one, "test"))
+        for changed, whole in PARTS.items():
+            first, second = (accuracies(tested, method, 0) for method in (whole, changed))
+            lost = difference(first, second)
+            if lost is not None:
+                both = [{task: values[task] for task in first.keys() & second.keys()} for values in (second, first)]
+                lines.append([NAMES[name], changed, whole, str(lost.tasks), *map(_percent, both), str(lost)])
+    return markdown(["backbone", "method", "beside", "tasks", "accuracy", "beside's", "lost"], lines)
 
 
 def _unseen(rows: Rows) -> str:

@@ -1,6 +1,6 @@
-"""Weights that a baseline learns once from the bank's own source images: a meta-learned start, a distilled small model.
+"""Weights that a baseline learns once from the bank's own source images: a meta-learned start.
 
-Each is a safetensors file in a folder beside the bank's file (see ``cache_folder``), with a JSON file beside it that
+It is a safetensors file in a folder beside the bank's file (see ``cache_folder``), with a JSON file beside it that
 tells how it was made. What it was made of is also in the safetensors file's own metadata: where that is not what is
 asked for (another bank, more records, other steps), it is made again.
 """

@@ -68,7 +68,7 @@ def test_tables_and_figures_are_written_from_the_rows(
     from benchmarks.study.evidence import main
 
     page, figures = tmp_path / "page.md", tmp_path / "figures"
-    names = ("test vit", "steps", "sizes", "shots", "sources", "similarity", "unseen", "costs")
+    names = ("test vit", "steps", "sizes", "shots", "sources", "similarity", "parts", "unseen", "costs")
     page.write_text(page_of(*names))
     words = ["--results", str(results), "--page", str(page), "--figures", str(figures)]
     assert main(words) == 0
@@ -82,6 +82,7 @@ def test_tables_and_figures_are_written_from_the_rows(
         "| ViT-tiny | taylor | 1 | 6 | 30.0% | +10.0 (+10.0 to +10.0) |",
         "| ViT-tiny | kin | 5 | 6 | 55.0% |  |",
         "| ViT-tiny | 6 | 1.00 | +2.0 (+2.0 to +2.0) | +5.0 (+5.0 to +5.0) | -1.0 (-1.0 to -1.0) |",
+        "| ViT-tiny | kin | taylor | 6 | 65.0% | 71.0% | +6.0 (+6.0 to +6.0) |",
         "| ViT-tiny | trash | smsp | 2 | 50.0% | 60.0% | 70.0% |",
         "| ViT-tiny | scratch, ten times the steps | 0.33 | 0.08 | 30 | 130 | 12 tasks | 3 tasks |",
         "| ViT-tiny | taylor | 0.33 | 0.08 | 30 | 30 | never | never |",

@@ -92,7 +92,7 @@ def _pass(
 def moments(inputs: Tensor) -> Moments:
     """Mean and variance of each channel of ``[n, c, ...]``, in double precision.
 
-    Batch norm's own training kernel counts them: ``var_mean`` takes 3 to 30 times as long over channels that lie last.
+    Batch norm's own training kernel counts them: ``var_mean`` takes many times as long over channels that lie last.
     """
     mean, variance = inputs.new_zeros((2, inputs.shape[1]))
     torch.batch_norm(inputs, None, None, mean, variance, True, 1.0, 1e-5, False)
