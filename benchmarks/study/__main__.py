@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.costs import write_bank_costs
-from benchmarks.study.protocol import STAGES, read_protocol, smoke
+from benchmarks.study.protocol import STAGES, read_protocol, smoke, with_sources
 from benchmarks.study.running import Places, Row, open_or_build, read_rows, run_protocol
 from benchmarks.study.tables import page
 from kinprune.errors import KinpruneError
@@ -44,6 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
     protocol = read_protocol(options.protocol)
+    protocol = with_sources(protocol, options.tasks) if options.tasks else protocol
     protocol = smoke(protocol) if options.smoke else protocol
     # What a smoke run gives says nothing: it is no result.
     rows = options.out or (options.banks if options.smoke else RESULTS) / f"{protocol.name}.jsonl"
@@ -77,6 +78,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, default="validation")
     parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="every N-th target task")
     parser.add_argument("--workers", type=int, default=1, help="processes that build the bank")
+    parser.add_argument("--tasks", type=int, help="narrow source tasks to fill the bank up to, where not the protocol's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="the same made tiny: see that all of it runs")
     parser.add_argument("--out", type=Path, help="the file of rows")

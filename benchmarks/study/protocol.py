@@ -107,6 +107,13 @@ def read_protocol(name: str) -> Protocol:
     return Protocol(path.stem, BankSource(**bank), Targets(**targets), parts, methods)
 
 
+def with_sources(protocol: Protocol, tasks: int) -> Protocol:
+    """The protocol with a bank of another number of narrow source tasks; ValueError where that is none."""
+    if tasks < 1:
+        raise ValueError(f"--tasks is {tasks}, expected at least 1")
+    return replace(protocol, bank=replace(protocol.bank, tasks=tasks))
+
+
 def smoke(protocol: Protocol) -> Protocol:
     """The protocol made tiny, to see in minutes that all of it runs: every method once, on one task of a stage.
 
