@@ -43,3 +43,7 @@ class ExportError(KinpruneError):
 
 class BankError(KinpruneError):
     """A bank cannot be opened or written, is damaged, or belongs to another model."""
+
+
+class DeviceError(KinpruneError):
+    """A device's file is damaged, or was made for another backbone, precision or way of running it."""

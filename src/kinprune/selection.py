@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ class Budget:
     """Upper limits, all of which hold together; None is no limit.
 
     ``keep`` is the share of units to keep, in (0, 1]; the others are absolute: numbers in parameters,
-    multiply-accumulates for one image, bytes of weights, bytes of peak memory for one image (``units.Costs``).
+    multiply-accumulates for one image, bytes of weights, bytes of peak memory for one image (``units.Costs``), and
+    milliseconds of one run on a device.
     """
 
     keep: float | None = None
@@ -40,13 +41,14 @@ class Budget:
     macs: int | None = None
     weight_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         if all(value is None for value in given.values()):
             raise BudgetError(
                 "no budget was given, expected a keep ratio (--keep) or a limit in parameters, MACs or bytes "
-                "(--max-params, --max-macs, --max-weights, --max-memory)"
+                "(--max-params, --max-macs, --max-weights, --max-memory) or milliseconds (--max-latency)"
             )
         for name, value in given.items():
             if value is None:
@@ -56,10 +58,25 @@ class Budget:
         if self.keep is not None and self.keep > 1:
             raise BudgetError(f"the keep ratio is {self.keep}, expected a share above 0 and at most 1, such as 0.1")
 
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> dict[str, float]:
         """The absolute limits that were given."""
         named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "keep"}
-        return {name: int(value) for name, value in named.items() if value is not None}
+        return {
+            name: value if name == "latency_ms" else int(value) for name, value in named.items() if value is not None
+        }
+
+
+class CostFunctions(Protocol):
+    """What masks cost, as functions of kept counts ``[n, g]``: ``units.CostModel``, or a device's.
+
+    A device's has ``latency_ms(counts)`` as well where it was profiled.
+    """
+
+    def parameters(self, counts: Counts) -> Counts: ...
+    def macs(self, counts: Counts) -> Counts: ...
+    def weight_bytes(self, counts: Counts) -> Counts: ...
+    def peak_memory_bytes(self, counts: Counts) -> Counts: ...
+    def of(self, counts: Sequence[int] | Counts) -> Costs: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +101,15 @@ def select(
     multiple: int = 1,
     ties: Sequence[Scores] = (),
     within: Mask | None = None,
+    costs: CostFunctions | None = None,
 ) -> Selection:
     """The best-scoring mask under a budget.
 
     ``allocation="layer"`` keeps the same share of every group (as nearly as whole units allow), ``"global"`` compares
     normalised scores over all groups. ``multiple`` rounds layer widths to multiples of 8, 16 ... (or leaves them
     whole). ``ties`` break equal scores, in order, then the lower index wins. ``within`` only keeps units of that mask:
-    give it the mask of a larger budget and the two nest whatever the budgets are.
+    give it the mask of a larger budget and the two nest whatever the budgets are. ``costs`` are what the limits count
+    in: the space's own where none are given, else a device's.
 
     Raises:
         BudgetError: scores are malformed, or the budget cannot be reached; the message has the smallest reachable.
@@ -100,12 +119,14 @@ def select(
     if budget.keep is not None:
         blocks = _up_to_share(space, blocks, budget.keep, allocation)
     limits = budget.limits()
-    _reachable(space, blocks.floor, limits)
-    counts, filled = _walk(space, blocks, limits)
+    costs = space.costs if costs is None else costs
+    if "latency_ms" in limits and not hasattr(costs, "latency_ms"):
+        raise BudgetError("a limit in milliseconds needs a device's profile: make one with kinprune device profile")
+    _reachable(costs, blocks.floor, limits)
+    counts, filled = _walk(costs, blocks, limits)
     kept = blocks.places < counts[space.group_of]
-    costs = space.costs.of(counts)
-    slack, note = _slack(budget, limits, costs, filled, multiple)
-    return Selection(Mask(kept, space.fingerprint), costs, slack, note)
+    slack, note = _slack(costs, counts, limits, filled, multiple)
+    return Selection(Mask(kept, space.fingerprint), costs.of(counts), slack, note)
 
 
 def select_family(
@@ -246,53 +267,57 @@ _MEASURES = {
     "macs": "multiply-accumulates",
     "weight_bytes": "bytes of weights",
     "peak_memory_bytes": "bytes of peak memory",
+    "latency_ms": "ms",
 }
 
 
-def _cost(space: UnitSpace, name: str, counts: Counts) -> Counts:
-    """One cost of many rows of counts ``[n, g]``."""
-    return np.asarray(getattr(space.costs, name)(counts), dtype=np.int64)
+def _cost(costs: CostFunctions, name: str, counts: Counts) -> float:
+    """One cost of one mask's counts ``[g]``."""
+    return float(np.asarray(getattr(costs, name)(counts[None]))[0])
 
 
-def _fits(space: UnitSpace, counts: Counts, limits: dict[str, int]) -> NDArray[np.bool_]:
-    """Which rows of ``counts [n, g]`` are within all limits."""
-    fits = np.ones(len(counts), dtype=bool)
+def _fits(costs: CostFunctions, counts: Counts, limits: dict[str, float]) -> bool:
+    """Whether ``counts [g]`` are within all limits."""
+    return all(_cost(costs, name, counts) <= limit for name, limit in limits.items())
+
+
+def _reachable(costs: CostFunctions, floor: Counts, limits: dict[str, float]) -> None:
     for name, limit in limits.items():
-        fits &= _cost(space, name, counts) <= limit
-    return fits
-
-
-def _reachable(space: UnitSpace, floor: Counts, limits: dict[str, int]) -> None:
-    for name, limit in limits.items():
-        smallest = int(_cost(space, name, floor[None])[0])
+        smallest = _cost(costs, name, floor)
         if smallest > limit:
+            # Rounded up, so that what is said can be reached.
+            told, needed = (
+                (f"{limit:,.6g}", f"{math.ceil(smallest * 1000) / 1000:,.6g}")
+                if name == "latency_ms"
+                else (f"{limit:,.0f}", f"{smallest:,.0f}")
+            )
             raise BudgetError(
-                f"the budget of {limit:,} {_MEASURES[name]} cannot be reached: with the fewest units in every group "
-                f"this model still needs {smallest:,}: ask for at least that, add --stream, or take a smaller backbone"
+                f"the budget of {told} {_MEASURES[name]} cannot be reached: with the fewest units in every group "
+                f"this model still needs {needed}: ask for at least that, add --stream, or take a smaller backbone"
             )
 
 
-def _walk(space: UnitSpace, blocks: _Blocks, limits: dict[str, int]) -> tuple[Counts, bool]:
+def _walk(costs: CostFunctions, blocks: _Blocks, limits: dict[str, float]) -> tuple[Counts, bool]:
     """The counts at the first point of the path within all limits, filled up where a coarse step overshot."""
     low, high = 0, len(blocks.groups)
     while low < high:
         middle = (low + high) // 2
-        if _fits(space, blocks.counts(middle)[None], limits)[0]:
+        if _fits(costs, blocks.counts(middle), limits):
             high = middle
         else:
             low = middle + 1
     counts = blocks.counts(low)
-    if not limits or low == 0 or _unused(space, counts, limits) <= TOLERANCE:
+    if not limits or low == 0 or _unused(costs, counts, limits) <= TOLERANCE:
         return counts, False
-    return _fill(space, blocks, counts, low, limits), True
+    return _fill(costs, blocks, counts, low, limits), True
 
 
-def _unused(space: UnitSpace, counts: Counts, limits: dict[str, int]) -> float:
+def _unused(costs: CostFunctions, counts: Counts, limits: dict[str, float]) -> float:
     """The unused share of the tightest limit."""
-    return min(1 - int(_cost(space, name, counts[None])[0]) / limit for name, limit in limits.items())
+    return min(1 - _cost(costs, name, counts) / limit for name, limit in limits.items())
 
 
-def _fill(space: UnitSpace, blocks: _Blocks, counts: Counts, removed: int, limits: dict[str, int]) -> Counts:
+def _fill(costs: CostFunctions, blocks: _Blocks, counts: Counts, removed: int, limits: dict[str, float]) -> Counts:
     """Take removed blocks in again, best first, wherever they fit; a group whose next block does not fit is done."""
     counts = counts.copy()
     done = np.zeros(len(counts), dtype=bool)
@@ -301,7 +326,7 @@ def _fill(space: UnitSpace, blocks: _Blocks, counts: Counts, removed: int, limit
         if done[group]:
             continue
         counts[group] += size
-        if not _fits(space, counts[None], limits)[0]:
+        if not _fits(costs, counts, limits):
             counts[group] -= size
             done[group] = True
             if done.all():
@@ -310,13 +335,12 @@ def _fill(space: UnitSpace, blocks: _Blocks, counts: Counts, removed: int, limit
 
 
 def _slack(
-    budget: Budget, limits: dict[str, int], costs: Costs, filled: bool, multiple: int
+    costs: CostFunctions, counts: Counts, limits: dict[str, float], filled: bool, multiple: int
 ) -> tuple[float, str | None]:
     if not limits:
         return 0.0, None
-    name, slack = min(
-        ((name, 1 - getattr(costs, name) / limit) for name, limit in limits.items()), key=lambda pair: pair[1]
-    )
+    shares = {name: 1 - _cost(costs, name, counts) / limit for name, limit in limits.items()}
+    name, slack = min(shares.items(), key=lambda pair: pair[1])
     if slack <= TOLERANCE:
         return slack, None
     if not filled:
