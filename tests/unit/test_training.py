@@ -236,7 +236,7 @@ def test_the_state_of_least_calibrated_loss_is_kept(monkeypatch: pytest.MonkeyPa
         script = iter(losses)
         monkeypatch.setattr(
             "kinprune.training.loop.judge",
-            lambda *_: CurvePoint(_[-1], accuracy=0.5, loss=9.0, calibrated=next(script)),
+            lambda *_, **__: CurvePoint(_[-1], accuracy=0.5, loss=9.0, calibrated=next(script)),
         )
         recipe = Recipe(steps=len(losses) - 1, batch_size=2, evaluations=len(losses) - 1)
         held = Split(*(tensor[:10] for tensor in (stripes(4).images, stripes(4).labels)))

@@ -16,9 +16,13 @@ from torch.nn import functional
 from kinprune.calibration import frozen_batch_norm, is_folded, reestimate_batch_norm
 from kinprune.errors import TaskError, TrainingError
 from kinprune.evaluation import device_of, lay_out, logits
-from kinprune.preprocessing import Preprocessing, normalise
+from kinprune.preprocessing import Preprocessing
 from kinprune.tasks import Split
 from kinprune.training.batches import batches, hold_back, shift_and_flip
+from kinprune.training.freezing import Piece, names_of
+from kinprune.training.memory import COUNTED, JUDGED, MemoryPlan, TrainingMemory, arranged, remember
+from kinprune.training.needs import Needs
+from kinprune.training.planning import plan_memory
 from kinprune.training.recipe import (
     Recipe,
     default_rate,
@@ -28,6 +32,8 @@ from kinprune.training.recipe import (
     resolve_precision,
     schedule,
 )
+from kinprune.training.resident import Watch, give_back_unused
+from kinprune.training.step import Lesson, learn, teach
 
 OnStep = Callable[[int, int, float], None]
 
@@ -58,7 +64,7 @@ class TrainingResult:
     ``losses`` is the mean loss of each step's batch; ``curve`` the judgements; ``best_step`` the step whose state the
     model was left in; ``guard`` the images it was judged by: those held back, or the training images where a class
     had too few; ``stopped`` whether it was interrupted. ``optimiser``, ``learning_rate`` and ``precision`` are what
-    the recipe's defaults became.
+    the recipe's defaults became. ``memory`` is what was planned and measured under a limit of memory, None without one.
     """
 
     losses: tuple[float, ...]
@@ -71,6 +77,7 @@ class TrainingResult:
     optimiser: str
     learning_rate: float
     precision: str
+    memory: TrainingMemory | None = None
 
 
 def fine_tune(
@@ -84,6 +91,7 @@ def fine_tune(
     teacher: nn.Module | None = None,
     held_back: Split | None = None,
     begin: Mapping[str, Tensor] | None = None,
+    memory_limit: int | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place on ``device``, where it stays, and leave it in the best state seen, in evaluation mode.
 
@@ -95,32 +103,40 @@ def fine_tune(
     another state of the model to train from, such as ``ClosedForm.trainable``; the model's own stays the start that
     is never undercut.
 
+    ``memory_limit`` keeps what is taken, in bytes above what was taken before the first step, below a limit, by what
+    ``plan_memory`` finds to cost least; the result's ``memory`` says what that was and what was measured. The plan
+    goes by counts alone, never by what is measured, so that the same seed and limit give the same model. A limit that
+    nothing fits in raises TrainingError before any step, naming the smallest that can be reached.
+
     A KeyboardInterrupt ends training, not the program: the result says ``stopped``. A non-finite loss raises
     TrainingError. Whatever happens, an error of ``on_step`` too, the model is left in its best state. The same seed
     gives the same model, bit for bit, on the CPU; the global random state is left as it was. Folded batch norms (see
     ``calibration.is_folded``), and any where a batch is a single image, stay frozen whatever the recipe says.
     """
     _check(model, split, preprocessing, teacher, torch.device(device))
+    if memory_limit is not None and memory_limit < 1:
+        raise TrainingError(f"the limit of memory is {memory_limit}; expected a number of bytes above 0, or None")
     train, guard = (split, held_back) if held_back is not None else hold_back(split, recipe.hold_back, recipe.seed)
     optimiser = optimiser_name(model, recipe)
+    precision = resolve_precision(recipe, torch.device(device))
+    size = min(recipe.batch_size, len(train.labels))
     run = _Run(
-        model=model,
+        lesson=Lesson(model, teacher, preprocessing, recipe, precision),
+        plan=MemoryPlan(size, taught_at_once=size),
         train=train,
         guard=train if guard is None else guard,
         guarded=guard is not None,
-        preprocessing=preprocessing,
-        recipe=recipe,
         optimiser=optimiser,
         learning_rate=recipe.learning_rate or default_rate(optimiser, recipe.steps),
-        precision=resolve_precision(recipe, torch.device(device)),
-        teacher=teacher,
         begin=begin,
     )
     started = perf_counter()
     stopped = False
     try:
-        with _surroundings(run, torch.device(device)):
-            run.go(on_step)
+        with _surroundings(run.lesson, torch.device(device)):
+            run.prepare(memory_limit)
+            with arranged(run.plan, model, run.layers):
+                run.go(on_step)
     except KeyboardInterrupt:
         stopped = True
     finally:
@@ -130,9 +146,11 @@ def fine_tune(
     return run.result(stopped, perf_counter() - started)
 
 
-def judge(model: nn.Module, split: Split, preprocessing: Preprocessing, step: int) -> CurvePoint:
+def judge(
+    model: nn.Module, split: Split, preprocessing: Preprocessing, step: int, *, batch_size: int = JUDGED
+) -> CurvePoint:
     """How good a model is on a split, after ``step`` steps."""
-    answers = logits(model, split.images, preprocessing)
+    answers = logits(model, split.images, preprocessing, batch_size=batch_size)
     losses = [float(functional.cross_entropy(answers / heat, split.labels)) for heat in HEATS]
     accuracy = float((answers.argmax(1) == split.labels).double().mean())
     finite = all(math.isfinite(loss) for loss in losses)
@@ -143,37 +161,49 @@ def judge(model: nn.Module, split: Split, preprocessing: Preprocessing, step: in
 class _Run:
     """A fine-tuning under way: what it works on, what it has seen, and the best state so far."""
 
-    model: nn.Module
+    lesson: Lesson
+    plan: MemoryPlan
     train: Split
     guard: Split
     guarded: bool
-    preprocessing: Preprocessing
-    recipe: Recipe
-    optimiser: str
+    optimiser: Literal["sgd", "adamw"]
     learning_rate: float
-    precision: str
-    teacher: nn.Module | None
     begin: Mapping[str, Tensor] | None
+    layers: list[Piece] = field(default_factory=list)
+    watch: Watch | None = None
     counts: bool = False
     losses: list[float] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
     best_step: int = 0
     least: float = math.inf
     best_state: dict[str, Tensor] = field(default_factory=dict)
+    copying: bool = False
 
     @property
-    def batch_size(self) -> int:
-        return min(self.recipe.batch_size, len(self.train.labels))
+    def model(self) -> nn.Module:
+        return self.lesson.model
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.lesson.recipe
+
+    def prepare(self, limit: int | None) -> None:
+        """Plan how to stay below a limit of memory, and begin to measure."""
+        if limit is None or self.recipe.steps == 0:
+            return
+        moments = 1 if self.optimiser == "sgd" else 2
+        needs = Needs(self.lesson, self.train.images, self.plan.batch_size, moments, self.begin is not None)
+        self.plan, self.layers = plan_memory(needs, limit), needs.layers
+        self.watch = Watch(device_of(self.model))
 
     def go(self, on_step: OnStep | None) -> None:
-        recipe = self.recipe
-        if recipe.steps == 0:
+        if self.recipe.steps == 0:
             return
         self.keep(0)
         self.least = self.judge(0)
         if self.begin is not None:
             _copy(self.model, self.begin)
-        every = freezes_batch_norm(recipe, self.batch_size)
+        every = self.plan.norms_frozen or freezes_batch_norm(self.recipe, self.plan.batch_size)
         self.counts = not every
         with frozen_batch_norm(self.model, lambda norm: every or is_folded(norm)):
             self.train_steps(on_step)
@@ -181,7 +211,7 @@ class _Run:
     def train_steps(self, on_step: OnStep | None) -> None:
         recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed)
-        order = batches(len(self.train.labels), self.batch_size, generator)
+        order = batches(len(self.train.labels), self.plan.batch_size, generator)
         optimiser = make_optimiser(self.model, recipe, self.optimiser, self.learning_rate)
         checks = {round(i * recipe.steps / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
         for step in range(1, recipe.steps + 1):
@@ -203,49 +233,63 @@ class _Run:
 
     def step(self, indices: Tensor, optimiser: torch.optim.Optimizer, generator: torch.Generator) -> float:
         """One step on a batch of the training images; its loss before the step."""
-        device = device_of(self.model)
         images = self.train.images[indices]
         if self.recipe.augmentation == "light":
             images = shift_and_flip(images, generator, flip=self.recipe.flip)
-        inputs = normalise(images.to(device), self.preprocessing)
-        labels = self.train.labels[indices].to(device)
+        labels = self.train.labels[indices].to(device_of(self.model))
+        target = teach(self.lesson, images, self.plan.taught_at_once)
         self.model.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            outputs = self.model(inputs)
-            with torch.no_grad():
-                target = None if self.teacher is None else self.teacher(inputs).float()
-        loss = _loss(outputs.float(), labels, target, self.recipe)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = learn(self.lesson, images, labels, target, self.plan.parts)
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         optimiser.step()
-        return float(loss.detach())
+        optimiser.zero_grad(set_to_none=True)
+        return loss
 
     def judge(self, step: int) -> float:
         """Judge the model on the guard's images, in float32; the calibrated loss."""
-        point = judge(self.model, self.guard, self.preprocessing, step)
+        at_once = self.plan.judged_at_once
+        point = judge(self.model, self.guard, self.lesson.preprocessing, step, batch_size=at_once)
         self.curve.append(point)
         return point.calibrated
 
     def keep_if_best(self, step: int) -> None:
         """Judge the model, its batch norms counted again: running averages lag behind by as many steps as are few."""
         if self.counts:
-            images = self.train.images
-            reestimate_batch_norm(self.model, images, self.preprocessing, max_images=256, seed=self.recipe.seed)
+            reestimate_batch_norm(
+                self.model,
+                self.train.images,
+                self.lesson.preprocessing,
+                batch_size=min(COUNTED, self.plan.judged_at_once),
+                max_images=256,
+                seed=self.recipe.seed,
+            )
         calibrated = self.judge(step)
         if calibrated < self.least:
             self.least = calibrated
             self.keep(step)
+        if self.watch is not None:
+            give_back_unused()  # blocks of judging, of other sizes than those of training, would stay beside them
 
     def keep(self, step: int) -> None:
-        self.best_step = step
-        self.best_state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        """Copy the model's state, over the one before: two at once would be too many where memory is short."""
+        self.best_step, self.copying = step, True
+        left = [layer for layer in self.layers if layer.name in self.plan.frozen and self.begin is None]
+        unchanged = names_of(self.model, left)
+        for name, tensor in self.model.state_dict().items():
+            if name in self.best_state:
+                self.best_state[name].copy_(tensor)
+            elif name not in unchanged:
+                self.best_state[name] = tensor.detach().clone()
+        self.copying = False
 
     def restore(self) -> None:
-        _copy(self.model, self.best_state)
+        """Put the best state back; interrupted while it was copied, the model itself is in it still."""
+        if not self.copying:
+            _copy(self.model, self.best_state)
 
     def result(self, stopped: bool, seconds: float) -> TrainingResult:
+        peak = None if self.watch is None else self.watch.stop()
         return TrainingResult(
             losses=tuple(self.losses),
             curve=tuple(self.curve),
@@ -253,10 +297,11 @@ class _Run:
             guard="held-back" if self.guarded else "training",
             stopped=stopped,
             seconds=seconds,
-            images_seen=len(self.losses) * self.batch_size,
+            images_seen=len(self.losses) * self.plan.batch_size,
             optimiser=self.optimiser,
             learning_rate=self.learning_rate,
-            precision=self.precision,
+            precision=self.lesson.precision,
+            memory=remember(self.plan, peak),
         )
 
 
@@ -268,30 +313,20 @@ def _copy(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _surroundings(run: _Run, device: torch.device) -> Iterator[None]:
+def _surroundings(lesson: Lesson, device: torch.device) -> Iterator[None]:
     """The model on its device in the layout that is fastest there, and a random state of its own."""
     with ExitStack() as stack:
         cuda = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        torch.default_generator.manual_seed(run.recipe.seed)
+        torch.default_generator.manual_seed(lesson.recipe.seed)
         for each in cuda:
             with torch.cuda.device(each):
-                torch.cuda.manual_seed(run.recipe.seed)
-        run.model.to(device)
-        if run.teacher is not None:
-            run.teacher.to(device).eval()
-        lay_out(run.model)
+                torch.cuda.manual_seed(lesson.recipe.seed)
+        lesson.model.to(device)
+        if lesson.teacher is not None:
+            lesson.teacher.to(device).eval()
+        lay_out(lesson.model)
         yield
-
-
-def _loss(outputs: Tensor, labels: Tensor, target: Tensor | None, recipe: Recipe) -> Tensor:
-    loss = functional.cross_entropy(outputs, labels, label_smoothing=recipe.label_smoothing)
-    if target is None:
-        return loss
-    heat = recipe.distillation_temperature
-    own, wanted = (outputs / heat).log_softmax(1), (target / heat).log_softmax(1)
-    divergence = functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
-    return (1 - recipe.distillation) * loss + recipe.distillation * heat**2 * divergence
 
 
 def _check(

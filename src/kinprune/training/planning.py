@@ -1,0 +1,117 @@
+"""Planning a fine-tuning under a limit of memory: of the ways that fit, the one that costs least."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import takewhile
+
+from kinprune.errors import TrainingError
+from kinprune.quantities import byte_count
+from kinprune.training.memory import JUDGED, MemoryPlan
+from kinprune.training.needs import Needs, Phase
+from kinprune.training.recipe import LEAST_BATCH
+
+SLOW = 8
+"""Images below which passes are slow for their size: a mini-batch in parts of 4 takes twice the time of one in parts
+of 16, while recomputation adds two fifths (ResNet-18, MobileNetV2 and ViT-tiny, on one core)."""
+
+
+def plan_memory(needs: Needs, limit: int) -> MemoryPlan:
+    """How to stay under ``limit`` bytes.
+
+    In this order: the whole mini-batch at once; the largest part of it that fits, halved as often as needed;
+    recomputation of blocks; parts too small to be quick; the earliest layers not trained. Batch norm that trains on
+    statistics keeps them, in parts of at least ``LEAST_BATCH`` images, with recomputation where it must, before it is
+    frozen.
+
+    Raises:
+        TrainingError: nothing fits; the message names the smallest limit that something fits in.
+    """
+    for plan, least in _ways(needs, limit):
+        found = _fitted(needs, plan, least)
+        if found is not None:
+            return found
+    smallest = least_memory(needs)
+    raise TrainingError(
+        f"fine-tuning cannot stay below {byte_count(limit)} of memory: with one image at a time, every block "
+        f"recomputed and only the last layer trained it is predicted to take {smallest:,} bytes; expected a limit of "
+        "at least that: raise the limit, or ask for a smaller model"
+    )
+
+
+def least_memory(needs: Needs) -> int:
+    """The smallest limit in bytes that a plan can be made for."""
+    plan = replace(_last(needs, None), parts=needs.batch_size, taught_at_once=1, judged_at_once=1)
+    return needs.predict(plan)
+
+
+def _last(needs: Needs, limit: int | None) -> MemoryPlan:
+    """The way that takes least: everything that can be done is done."""
+    names = tuple(layer.name for layer in needs.layers[:-1])
+    return MemoryPlan(
+        needs.batch_size,
+        recomputed=needs.blocks,
+        frozen=names,
+        norms_frozen=needs.statistics,
+        limit=limit,
+    )
+
+
+def _ways(needs: Needs, limit: int) -> Iterator[tuple[MemoryPlan, int]]:
+    """Plans whose sizes are still open, least cost first, each with the fewest images that a part may have."""
+    small = min(SLOW, needs.batch_size)
+    plain = MemoryPlan(needs.batch_size, limit=limit)
+    if needs.statistics:
+        yield plain, LEAST_BATCH
+        if needs.blocks:
+            yield replace(plain, recomputed=needs.blocks), LEAST_BATCH
+        plain = replace(plain, norms_frozen=True)
+    yield plain, small
+    if needs.blocks:
+        yield replace(plain, recomputed=needs.blocks), 1
+    yield plain, 1
+    if needs.statistics:
+        yield from _freezing(needs, replace(_last(needs, limit), norms_frozen=False), LEAST_BATCH)
+    yield from _freezing(needs, _last(needs, limit), small)
+    yield from _freezing(needs, _last(needs, limit), 1)
+
+
+def _freezing(needs: Needs, last: MemoryPlan, least: int) -> Iterator[tuple[MemoryPlan, int]]:
+    """The plan that freezes the fewest of the earliest layers such that parts of ``least`` images fit."""
+
+    def fits(number: int) -> bool:
+        return _fitted(needs, replace(last, frozen=last.frozen[:number]), least, largest=False) is not None
+
+    numbers = range(1, len(last.frozen) + 1)
+    place = bisect_left(numbers, True, key=fits)
+    if place < len(numbers):
+        yield replace(last, frozen=last.frozen[: numbers[place]]), least
+
+
+def _fitted(needs: Needs, plan: MemoryPlan, least: int, *, largest: bool = True) -> MemoryPlan | None:
+    """The plan with the largest sizes that fit (of parts the smallest that may be, where not), or None."""
+    fitting = _fitting(needs, [replace(plan, parts=parts) for _, parts in _halved(plan.batch_size)], "learn")
+    allowed = (each for each in fitting if each.least_part >= least)
+    found = max(allowed, key=lambda each: each.micro_batch, default=None) if largest else next(allowed, None)
+    if found is None:
+        return None
+    judged = [replace(found, judged_at_once=size) for size, _ in _halved(JUDGED)]
+    found = max(_fitting(needs, judged, "judge"), key=lambda each: each.judged_at_once, default=None)
+    if found is None:
+        return None
+    taught = [replace(found, taught_at_once=size) for size, _ in _halved(plan.batch_size)]
+    found = max(_fitting(needs, taught, "teach"), key=lambda each: each.taught_at_once, default=None)
+    return None if found is None else replace(found, predicted=needs.predict(found))
+
+
+def _halved(size: int) -> list[tuple[int, int]]:
+    """The sizes of the largest part of so many images, smallest first, in how many parts: 1, 2, 4, 8 ..."""
+    counts = [2**power for power in range(size.bit_length()) if 2**power < size] + [size]
+    return [(-(-size // parts), parts) for parts in reversed(counts)]
+
+
+def _fitting(needs: Needs, plans: Sequence[MemoryPlan], phase: Phase) -> Iterator[MemoryPlan]:
+    """Of plans that grow, those whose phase fits: the first that does not is the last that is tried."""
+    return takewhile(lambda plan: needs.bytes_of(plan, phase) <= (plan.limit or 0), plans)
