@@ -18,6 +18,8 @@ from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Lessons, check_space, open_bank
 from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
+from kinprune.devices.goal import Goal, plain_goal, reachable_goals
+from kinprune.devices.settling import time_model, timed_here
 from kinprune.errors import BankError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
 from kinprune.importance import Scores, draw_batches, normalise, score
@@ -31,15 +33,20 @@ from kinprune.transferability import Target
 from kinprune.units import Costs, Mask, UnitSpace, extract
 from kinprune.voting import Ballot, ballot_mvp, ballot_ranking, ballot_smsp, neighbour_weights
 
+SETTLING_ROUNDS = 4
+"""How often a model that runs slower than it may is cut further."""
+SETTLED_BELOW = 0.98
+"""How far below the limit the next cut aims: a timing has errors of its own."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sized:
-    """The model for one budget: ``start`` in closed form before any step, ``final`` after them, on the test images.
+    """The model for one goal: ``start`` in closed form before any step, ``final`` after them, on the test images.
 
     ``inherited`` is where its weights come from: the plan's inheritance, or what *auto* came to.
     """
 
-    budget: Budget
+    goal: Goal
     model: nn.Module
     selection: Selection
     ballot: Ballot
@@ -49,10 +56,15 @@ class Sized:
     start: Evaluation
     final: Evaluation
 
+    @property
+    def budget(self) -> Budget:
+        """What was asked for."""
+        return self.goal.budget
+
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """What adapting gave: a model for each budget, and who they were learnt from.
+    """What adapting gave: a model for each goal, and who they were learnt from.
 
     ``weights`` says how much each of the ``neighbours`` counted, ``voters`` the places of those that voted, and
     ``blend`` what the plan's blend came to. ``whole_model`` is the backbone with a closed-form
@@ -77,7 +89,7 @@ class Adapted:
 def adapt(
     task: DecodedTask,
     bank: Bank | str | Path,
-    budgets: Budget | Sequence[Budget],
+    budgets: Budget | Goal | Sequence[Budget | Goal],
     plan: AdaptPlan | None = None,
     *,
     backbone: Backbone | None = None,
@@ -88,7 +100,9 @@ def adapt(
 ) -> Adapted:
     """Make the bank's backbone small for a new task, in one shot, from what its nearest kin learnt.
 
-    Several ``budgets`` share features, neighbours and, with SMSP, one score mask; their masks then nest. The
+    Several ``budgets`` share features, neighbours and, with SMSP, one score mask; their masks then nest. A ``Goal`` is
+    a budget on a device: one score mask serves all devices, and each has widths that it likes. A limit in milliseconds
+    on a device that is this machine is not left to prediction: models that turn out slower are cut further. The
     ``backbone`` and its unit ``space`` are the bank's own where none are given. Records with a key in ``without`` are
     not asked. ``on_step(stage, step, steps)`` is called when a stage begins, with step 0, and after every training
     step. Ctrl-C during a fine-tuning keeps the best state so far (``training.stopped``) and goes on to the next size.
@@ -99,17 +113,18 @@ def adapt(
     """
     plan = AdaptPlan() if plan is None else plan
     bank = bank if isinstance(bank, Bank) else open_bank(bank)
-    wanted = [budgets] if isinstance(budgets, Budget) else list(budgets)
+    wanted = [budgets] if isinstance(budgets, Budget | Goal) else list(budgets)
     if not wanted:
         raise BudgetError("no budget was given, expected at least one")
-    work = _begin(task, bank, wanted, plan, backbone, space, device, on_step)
+    work, goals = _begin(task, bank, wanted, plan, backbone, space, device, on_step)
     neighbours, weights = work.find(without)
     lessons = work.read_lessons(neighbours)
     donors = work.donors(neighbours, lessons, weights)
-    choice = work.choose(neighbours, lessons, weights, donors, wanted)
+    choice = work.choose(neighbours, lessons, weights, donors, goals)
+    choice = work.settle(choice, donors, goals)
     with work.stage("evaluate", "whole model"):
         dense = evaluate(work.dense, task.test, task.preprocessing)
-    sizes = tuple(work.finish(budget, choice, place, donors) for place, budget in enumerate(wanted))
+    sizes = tuple(work.finish(goal, choice, place, donors) for place, goal in enumerate(goals))
     return Adapted(
         sizes,
         plan,
@@ -127,10 +142,16 @@ def adapt(
     )
 
 
-def check_budgets(space: UnitSpace, budgets: Sequence[Budget], plan: AdaptPlan) -> None:
-    """Refuse budgets that cannot be reached, with BudgetError: whether one can does not depend on scores."""
-    for budget in budgets:
-        select(space, np.zeros(len(space)), budget, multiple=plan.multiple)
+def check_goals(space: UnitSpace, budgets: Sequence[Budget | Goal], plan: AdaptPlan) -> list[Goal]:
+    """The goals of budgets, without alternatives that cannot be reached.
+
+    Raises BudgetError where none can, before any work: whether one can does not depend on scores.
+    """
+    goals = [
+        one if isinstance(one, Goal) else plain_goal(one, space, multiple=plan.multiple, wish=place)
+        for place, one in enumerate(budgets)
+    ]
+    return reachable_goals(space, goals)
 
 
 @dataclass(frozen=True)
@@ -220,14 +241,13 @@ class _Work:
             return self.bank.lessons([neighbour.entry.id for neighbour in neighbours])
 
     def elect(
-        self, lessons: Lessons, weights: Sequence[float], budgets: Sequence[Budget], own: Scores | None, trial: _Trial
+        self, lessons: Lessons, weights: Sequence[float], goals: Sequence[Goal], own: Scores | None, trial: _Trial
     ) -> tuple[list[Ballot], list[Selection]]:
-        """A ballot and a selection for each budget; with SMSP one ballot serves all, and the selections nest."""
+        """A ballot and a selection for each goal; with SMSP one ballot serves all, and those of one device nest."""
         plan, space, blend = self.plan, self.space, trial.blend
         voters = list(trial.voters)
         kept = lessons.kept[voters] if plan.score_mask == "kept" else None
         rankings, scores, shares = lessons.rankings[voters], lessons.scores[voters], np.array(weights)[voters]
-        how = {name: getattr(plan, name) for name in ("allocation", "normalisation", "multiple")}
         with self.stage("vote", "vote"):
             if plan.method == "smsp":
                 ballot = (
@@ -235,11 +255,76 @@ class _Work:
                     if len(voters) == 1 and blend == 0
                     else ballot_smsp(space, kept, scores, shares, own=own, share=blend)
                 )
-                return [ballot] * len(budgets), select_family(space, ballot.scores, budgets, ties=ballot.ties, **how)
-            mixed: dict[str, Any] = {"own": own, "share": blend, "multiple": plan.multiple}
-            ballots = [ballot_mvp(space, rankings, scores, shares, budget, **mixed) for budget in budgets]
-            pairs = zip(ballots, budgets, strict=True)
-            return ballots, [select(space, one.scores, budget, ties=one.ties, **how) for one, budget in pairs]
+                ballots = [ballot] * len(goals)
+                if len({(goal.device, goal.precision, goal.multiple) for goal in goals}) == 1:
+                    return ballots, self.nest(ballot, goals)
+            else:
+                mixed: dict[str, Any] = {"own": own, "share": blend}
+                ballots = [
+                    ballot_mvp(
+                        space, rankings, scores, shares, one.budget, multiple=one.multiple, costs=one.costs, **mixed
+                    )
+                    for one in goals
+                ]
+            return ballots, [self.pick(one, goal, goal.budget) for one, goal in zip(ballots, goals, strict=True)]
+
+    def nest(self, ballot: Ballot, goals: Sequence[Goal]) -> list[Selection]:
+        """A family of one device: one lies within the other."""
+        return select_family(
+            self.space,
+            ballot.scores,
+            [goal.budget for goal in goals],
+            ties=ballot.ties,
+            multiple=goals[0].multiple,
+            costs=goals[0].costs,
+            allocation=self.plan.allocation,
+            normalisation=self.plan.normalisation,
+        )
+
+    def pick(self, ballot: Ballot, goal: Goal, budget: Budget) -> Selection:
+        """The best mask of a ballot under a budget, in the goal's costs and widths."""
+        return select(
+            self.space,
+            ballot.scores,
+            budget,
+            ties=ballot.ties,
+            multiple=goal.multiple,
+            costs=goal.costs,
+            allocation=self.plan.allocation,
+            normalisation=self.plan.normalisation,
+        )
+
+    def settle(self, choice: _Choice, donors: Sequence[Donor], goals: Sequence[Goal]) -> _Choice:
+        """Cut further what this machine, where it is the device, runs slower than it may.
+
+        Latency does not depend on weights: each model is timed before it has any of its own.
+        """
+        selections = list(choice.selections)
+        for place, goal in enumerate(goals):
+            if timed_here(goal):
+                with self.stage("settle", "latency"):
+                    selections[place] = self.settled(choice.ballots[place], goal, selections[place])
+        start = choice.start
+        if selections[choice.place] is not choice.selections[choice.place]:
+            start = self.begin(selections[choice.place].mask, donors, choice.trial)
+        return replace(choice, selections=selections, start=start)
+
+    def settled(self, ballot: Ballot, goal: Goal, selection: Selection) -> Selection:
+        """The selection whose model, timed on this machine, keeps the goal's limit in milliseconds."""
+        wanted = goal.budget.latency_ms
+        assert wanted is not None
+        aim = wanted
+        for _ in range(SETTLING_ROUNDS):
+            small = extract(self.dense, self.space, selection.mask)
+            found = time_model(small, goal, self.task.classes, self.task.preprocessing, self.fit.images)
+            if found <= wanted:
+                break
+            aim *= SETTLED_BELOW * wanted / found
+            try:
+                selection = self.pick(ballot, goal, replace(goal.budget, latency_ms=aim))
+            except BudgetError:  # there is nothing smaller: what is there is reported with its latency
+                break
+        return selection
 
     def donors(self, neighbours: Sequence[Neighbour], lessons: Lessons, weights: Sequence[float]) -> list[Donor]:
         """The neighbours' pruned models; only the nearest's where no other is asked for."""
@@ -300,15 +385,15 @@ class _Work:
         lessons: Lessons,
         weights: Sequence[float],
         donors: Sequence[Donor],
-        budgets: Sequence[Budget],
+        goals: Sequence[Goal],
     ) -> _Choice:
         """Of the ways that are open, the one whose smallest model answers best in closed form."""
         trials = self.trials(neighbours)
         own = self.own_scores() if any(trial.blend for trial in trials) else None
         best: _Choice | None = None
         for trial in trials:
-            ballots, selections = self.elect(lessons, weights, budgets, own, trial)
-            place = min(range(len(budgets)), key=lambda number: selections[number].costs.parameters)
+            ballots, selections = self.elect(lessons, weights, goals, own, trial)
+            place = min(range(len(goals)), key=lambda number: selections[number].costs.parameters)
             start = self.begin(selections[place].mask, donors, trial)
             if best is None or start.judged < best.start.judged:
                 best = _Choice(trial, ballots, selections, place, start)
@@ -326,8 +411,8 @@ class _Work:
         ways = [replace(choice.trial, inherited=name) for name in names]
         return min((self.begin(mask, donors, way) for way in ways), key=lambda start: start.judged)
 
-    def finish(self, budget: Budget, choice: _Choice, place: int, donors: Sequence[Donor]) -> Sized:
-        """Extract, repair, fine-tune and evaluate the model of one budget."""
+    def finish(self, goal: Goal, choice: _Choice, place: int, donors: Sequence[Donor]) -> Sized:
+        """Extract, repair, fine-tune and evaluate the model of one goal."""
         ballot, selection = choice.ballots[place], choice.selections[place]
         begun = self.start_of(choice, place, donors)
         small, closed = begun.model, begun.closed_form
@@ -352,19 +437,19 @@ class _Work:
             )
         with self.stage("evaluate", "evaluation"):
             final = evaluate(small, self.task.test, self.task.preprocessing) if training.best_step else start
-        return Sized(budget, small, selection, ballot, begun.inherited, closed, training, start, final)
+        return Sized(goal, small, selection, ballot, begun.inherited, closed, training, start, final)
 
 
 def _begin(
     task: DecodedTask,
     bank: Bank,
-    budgets: Sequence[Budget],
+    budgets: Sequence[Budget | Goal],
     plan: AdaptPlan,
     backbone: Backbone | None,
     space: UnitSpace | None,
     device: str,
     on_step: OnStep | None,
-) -> _Work:
+) -> tuple[_Work, list[Goal]]:
     """Refuse what does not fit the bank; then the one pass of features that all else is found from."""
     seconds: dict[str, float] = {}
     if backbone is None:
@@ -376,7 +461,7 @@ def _begin(
             space = bank_space(bank, backbone)
     else:
         check_space(bank.header, space)
-    check_budgets(space, budgets, plan)
+    goals = check_goals(space, budgets, plan)
     fit, guard = hold_back(task.train, plan.recipe.hold_back, plan.recipe.seed)
     dense = copy.deepcopy(backbone.model).to(device)
     lay_out(dense)
@@ -384,7 +469,8 @@ def _begin(
         features = head_inputs(dense, backbone.head, fit.images, task.preprocessing)
         probe = solve_probe(dense, backbone.head, features, fit.labels, len(task.classes), method=plan.head)
     target = Target(features.float().numpy(), fit.labels.numpy(), len(task.classes))
-    return _Work(task, bank, plan, backbone, space, device, on_step, fit, guard, dense, target, probe, seconds)
+    work = _Work(task, bank, plan, backbone, space, device, on_step, fit, guard, dense, target, probe, seconds)
+    return work, goals
 
 
 def _check_task(task: DecodedTask, bank: Bank, backbone: Backbone) -> None:

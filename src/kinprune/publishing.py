@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinprune.adaptation import Adapted
 from kinprune.adapted import adapted_artifact, adapted_record, summarise_adapted
 from kinprune.artifact import check_destination, save
-from kinprune.artifact.storage import EXPORTED, RECORD, REPORT
+from kinprune.artifact.storage import RECORD, REPORT
 from kinprune.bank import Header, write_record
-from kinprune.devices import export_onnx, measure_latencies, missing_package
+from kinprune.devices import missing_package
 from kinprune.errors import ArtifactError, ExportError
+from kinprune.exporting import Shipped, keep_best, move_into, ship
 from kinprune.report import write_report
 from kinprune.tasks import DecodedTask
 
@@ -32,9 +34,9 @@ class Destination:
 
 
 def plan_destination(
-    out: str | Path, keep: Sequence[float] | None = None, *, overwrite: bool = False, onnx: bool | None = None
+    out: str | Path, names: Sequence[str] | None = None, *, overwrite: bool = False, onnx: bool | None = None
 ) -> Destination:
-    """The places that a model, or with ``keep`` a family ``keep-0.5`` ..., takes in ``out``; asked before long work.
+    """The places that a model, or one of each of the ``names``, takes in ``out``; asked before long work.
 
     ``onnx`` None exports where the packages for it are installed.
 
@@ -43,7 +45,7 @@ def plan_destination(
         ExportError: an export was asked for and a package for it is missing.
     """
     place = Path(out).expanduser()
-    folders = (place,) if keep is None else tuple(place / f"keep-{ratio:g}" for ratio in keep)
+    folders = (place,) if names is None else tuple(place / name for name in names)
     for folder in folders:
         check_destination(folder, overwrite=overwrite)
     report = place / REPORT
@@ -53,6 +55,11 @@ def plan_destination(
     if onnx and missing:
         raise ExportError(f'ONNX needs the package {missing!r}: pip install "kinprune[onnx]", or leave out the export')
     return Destination(folders, report, overwrite, missing is None if onnx is None else onnx)
+
+
+def size_folders(keep: Sequence[float]) -> list[str]:
+    """The names of a family's folders: ``keep-0.5`` ..."""
+    return [f"keep-{ratio:g}" for ratio in keep]
 
 
 def publish(
@@ -66,36 +73,42 @@ def publish(
 ) -> dict[str, Any]:
     """Write every model with its record (``kinprune bank add`` takes it), its export and the report; tell all of it.
 
-    ``samples`` are images of source classes for the report. With an export, latencies are measured, the whole model's
-    beside them. What is returned is in JSON's own types (see ``summarise_adapted``).
+    ``samples`` are images of source classes for the report. Exports are tried (see ``exporting``); of alternatives,
+    goals of one wish, the model that answers best is written. What is returned is in JSON's own types (see
+    ``summarise_adapted``).
+
+    Raises ExportError, with nothing written, where there are alternatives and they are not exported.
     """
     tell = on_stage or (lambda stage: None)
+    alternatives = len(adapted.sizes) > len(to.folders)
+    if alternatives and not to.onnx:
+        raise ExportError("precisions are compared by their exports: leave one precision open only with an export")
+    with tempfile.TemporaryDirectory() if to.onnx else nullcontext() as aside:
+        if not alternatives:
+            _save(adapted, task, header, to, tell)
+        whole, shipped = (None, None) if aside is None else ship(adapted, task, Path(aside), tell)
+        if shipped is not None and alternatives:
+            adapted, shipped = keep_best(adapted, shipped)
+            _save(adapted, task, header, to, tell)
+        for one, folder in zip(shipped or (), to.folders, strict=shipped is not None):
+            move_into(one, folder)
+    tell("report")
+    latencies = None if shipped is None else (whole, *(one.latency_ms for one in shipped))
+    write_report(to.report, adapted, task, samples=samples, latencies=latencies)
+    summary = {"out": [str(folder) for folder in to.folders], "report": str(to.report), **summarise_adapted(adapted)}
+    if shipped is not None:
+        summary["latency_ms"] = whole
+        _tell_shipped(summary, adapted, shipped)
+    return summary
+
+
+def _save(adapted: Adapted, task: DecodedTask, header: Header, to: Destination, tell: Callable[[str], None]) -> None:
     for folder, sized in zip(to.folders, adapted.sizes, strict=True):
         tell("saving")
         save(adapted_artifact(adapted, sized, task), folder, overwrite=to.overwrite)
         write_record(adapted_record(adapted, sized, task), header, folder / RECORD)
-    latencies = _export(adapted, task, to.folders, tell) if to.onnx else None
-    tell("report")
-    write_report(to.report, adapted, task, samples=samples, latencies=latencies)
-    summary = {"out": [str(folder) for folder in to.folders], "report": str(to.report), **summarise_adapted(adapted)}
-    if latencies is not None:
-        summary["latency_ms"] = latencies[0]
-        for size, latency in zip(summary["sizes"], latencies[1:], strict=True):
-            size["latency_ms"] = latency
-    return summary
 
 
-def _export(
-    adapted: Adapted, task: DecodedTask, folders: Sequence[Path], tell: Callable[[str], None]
-) -> tuple[float, ...]:
-    """Each model to ONNX beside it, and the milliseconds of the whole model and of each, one thread, one image."""
-
-    def export(model: nn.Module, path: Path) -> Path:
-        tell("export")
-        return export_onnx(model, path, classes=task.classes, preprocessing=task.preprocessing).path
-
-    with tempfile.TemporaryDirectory() as aside:
-        whole = export(adapted.whole_model, Path(aside) / EXPORTED)
-        small = [export(sized.model, folder / EXPORTED) for sized, folder in zip(adapted.sizes, folders, strict=True)]
-        tell("latency")
-        return tuple(measure_latencies([whole, *small]))
+def _tell_shipped(summary: dict[str, Any], adapted: Adapted, shipped: Sequence[Shipped]) -> None:
+    for size, sized, one in zip(summary["sizes"], adapted.sizes, shipped, strict=True):
+        size.update(one.to_json(sized))

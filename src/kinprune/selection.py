@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,25 +138,21 @@ def select_family(
     normalisation: Normalisation = "mean",
     multiple: int = 1,
     ties: Sequence[Scores] = (),
+    costs: CostFunctions | None = None,
 ) -> list[Selection]:
     """One nested selection a budget, from one set of scores; budgets in any order, results in the same."""
-    alone = [
-        select(space, scores, budget, allocation=allocation, normalisation=normalisation, multiple=multiple, ties=ties)
-        for budget in budgets
-    ]
+    how: dict[str, Any] = {
+        "allocation": allocation,
+        "normalisation": normalisation,
+        "multiple": multiple,
+        "ties": ties,
+        "costs": costs,
+    }
+    alone = [select(space, scores, budget, **how) for budget in budgets]
     family: dict[int, Selection] = {}
     larger: Mask | None = None
     for place in sorted(range(len(budgets)), key=lambda place: -alone[place].costs.parameters):
-        family[place] = select(
-            space,
-            scores,
-            budgets[place],
-            allocation=allocation,
-            normalisation=normalisation,
-            multiple=multiple,
-            ties=ties,
-            within=larger,
-        )
+        family[place] = select(space, scores, budgets[place], within=larger, **how)
         larger = family[place].mask
     return [family[place] for place in range(len(budgets))]
 

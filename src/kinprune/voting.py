@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kinprune.errors import ImportanceError, UnitError
 from kinprune.importance import Scores
-from kinprune.selection import Budget, Counts, select
+from kinprune.selection import Budget, CostFunctions, Counts, select
 from kinprune.units import UnitSpace
 
 Weighting = Literal["uniform", "softmax"]
@@ -74,13 +74,15 @@ def neighbour_weights(
     return np.asarray(weights / np.sort(weights).sum(), dtype=np.float64)
 
 
-def counts_for(space: UnitSpace, budget: Budget, *, multiple: int = 1) -> Counts:
+def counts_for(
+    space: UnitSpace, budget: Budget, *, multiple: int = 1, costs: CostFunctions | None = None
+) -> Counts:
     """How many units each group keeps under a budget, ``[g]``, when every group keeps the same share.
 
     ``select`` with allocation by layer never looks at scores for this: these are the counts of its mask, whatever the
     scores. Raises BudgetError as it does.
     """
-    return space.counts(select(space, np.zeros(len(space)), budget, multiple=multiple).mask.kept)
+    return space.counts(select(space, np.zeros(len(space)), budget, multiple=multiple, costs=costs).mask.kept)
 
 
 def vote(space: UnitSpace, rankings: NDArray[np.integer[Any]], counts: Counts, weights: Weights) -> Scores:
@@ -182,15 +184,16 @@ def ballot_mvp(
     own: Scores | None = None,
     share: float = 0.0,
     multiple: int = 1,
+    costs: CostFunctions | None = None,
 ) -> Ballot:
     """The neighbours' hard votes at the counts a budget comes to; ties go by their mean soft score, then by ``own``.
 
-    The counts are those of ``select`` by layer for the budget and ``multiple`` (``counts_for``), so that neighbours
-    vote on exactly as many units as are kept, be the budget a keep ratio, parameters or memory. ``share`` above 0
-    blends the target's own importance in. Raises as vote, score_mask, blend and select do.
+    The counts are those of ``select`` by layer for the budget, ``multiple`` and ``costs`` (``counts_for``), so that
+    neighbours vote on exactly as many units as are kept, be the budget a keep ratio, parameters or memory. ``share``
+    above 0 blends the target's own importance in. Raises as vote, score_mask, blend and select do.
     """
     own = _checked_own(space, own, share)
-    votes = vote(space, rankings, counts_for(space, budget, multiple=multiple), weights)
+    votes = vote(space, rankings, counts_for(space, budget, multiple=multiple, costs=costs), weights)
     means = score_mask(space, soft, weights)
     scores = votes if own is None or share == 0 else blend(space, votes, own, share)
     return Ballot(scores, (means,) if own is None else (means, own))

@@ -89,10 +89,20 @@ class Entry:
     details: Mapping[str, Any] = field(hash=False, default_factory=dict)
 
 
+LATER = ("latency_ms", "train_memory")
+"""Choices that plans of before did not know: where they are not made, the key is the one of before."""
+
+
 def record_key(task_digest: str, asked: Mapping[str, Any]) -> str:
     """sha256 of a task's images and of how it was pruned: the same for the same work, wherever it is done."""
-    text = json.dumps({"task": task_digest, "asked": dict(asked)}, sort_keys=True, allow_nan=False)
+    text = json.dumps({"task": task_digest, "asked": _without_later(dict(asked))}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _without_later(asked: Any) -> Any:
+    if not isinstance(asked, dict):
+        return asked
+    return {key: _without_later(value) for key, value in asked.items() if not (key in LATER and value is None)}
 
 
 def check_space(header: Header, space: UnitSpace) -> None:

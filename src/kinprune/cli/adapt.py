@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kinprune.cli import device_options
 from kinprune.cli import kin_options as own
 from kinprune.cli import options as shared
 from kinprune.cli import prune_options as pruning
@@ -52,6 +53,12 @@ def adapt_command(
     max_macs: pruning.MaxMacs = None,
     max_weights: pruning.MaxWeights = None,
     max_memory: pruning.MaxMemory = None,
+    max_latency: device_options.MaxLatency = None,
+    device_profile: device_options.DeviceProfile = None,
+    devices: device_options.Devices = None,
+    precision: device_options.PrecisionOption = None,
+    inference_threads: device_options.InferenceThreads = None,
+    inference_batch: device_options.InferenceBatch = None,
     allocation: pruning.Allocation = "layer",
     multiple: pruning.Multiple = 1,
     reconstruct: pruning.Reconstruct = True,
@@ -78,18 +85,21 @@ def adapt_command(
     ratios = None if sizes is None else own.sizes_of(sizes)
     if ratios is not None and keep is not None:
         raise BudgetError("both --keep and --sizes are given, expected one of them")
-    if ratios is None and keep is None and not given:
+    on = device_options.read_devices(device_profile, devices, threads=inference_threads, batch=inference_batch)
+    wanted = device_options.check_precision(precision)
+    if ratios is None and keep is None and max_latency is None and not given and not on:
         raise BudgetError(pruning.no_budget("--keep 0.1, --sizes 0.5,0.2,0.1"))
     begin(device, threads)
     from kinprune.adapt_plan import AdaptPlan
-    from kinprune.adaptation import adapt, check_budgets
+    from kinprune.adaptation import adapt, check_goals
     from kinprune.bank import open_bank
     from kinprune.bank.backbone import bank_space, load_bank_backbone
-    from kinprune.publishing import plan_destination, publish
+    from kinprune.publishing import plan_destination, publish, size_folders
     from kinprune.tasks import decode
     from kinprune.voting import TEMPERATURE
 
-    destination = plan_destination(out, ratios, overwrite=overwrite, onnx=onnx)
+    names = size_folders(ratios) if ratios else [one.name for one in on] if devices else None
+    destination = plan_destination(out, names, overwrite=overwrite, onnx=onnx)
     recipe = pruning.recipe_of(
         steps, batch_size, learning_rate=learning_rate, optimiser=optimiser, flip=flip, seed=seed
     )
@@ -118,13 +128,14 @@ def adapt_command(
     ]
     backbone = load_bank_backbone(opened, len(task.classes), seed=seed)
     space = bank_space(opened, backbone)
-    budgets = [pruning.budget_of(ratio, given, space.cost(space.whole_mask())) for ratio in (ratios or (keep,))]
-    check_budgets(space, budgets, plan)
+    whole = space.cost(space.whole_mask())
+    budgets = [pruning.amounts_of(ratio, given, max_latency, whole) for ratio in (ratios or (keep,))]
+    goals = check_goals(space, device_options.goals_for(space, budgets, on, wanted, plan), plan)
     say(f"{task.name}: {len(task.train):,} training and {len(task.test):,} test images of {len(task.classes)} classes")
     samples = _samples(opened, pictured, backbone.preprocessing)
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
     with stage_bar() as on_step:
-        adapted = adapt(decoded, opened, budgets, plan, backbone=backbone, space=space, device=device, on_step=on_step)
+        adapted = adapt(decoded, opened, goals, plan, backbone=backbone, space=space, device=device, on_step=on_step)
         with _saying_what_is_there(out):
             published = publish(
                 adapted,
@@ -170,27 +181,51 @@ def _print_sizes(summary: dict[str, Any]) -> None:
     timed = "latency_ms" in summary
     table = Table()
     table.add_column("", no_wrap=True)
-    for name in ("start", "tuned", "params", "MACs", "weights", *(["latency"] if timed else [])):
+    for name in ("start", "tuned", "params", "MACs", "weights", *(["exported", "latency"] if timed else [])):
         table.add_column(name, justify="right", no_wrap=True)
 
     def cells(costs: dict[str, int], row: dict[str, Any]) -> tuple[str, ...]:
-        latency = [f"{row['latency_ms']:.2f} ms"] if timed else []
+        exported = f"{row['accuracy_exported']:.1%}" if "accuracy_exported" in row else ""
+        latency = [exported, f"{row['latency_ms']:.2f} ms"] if timed else []
         return count(costs["parameters"]), count(costs["macs"]), byte_count(costs["weight_bytes"]), *latency
 
     table.add_row("whole model", f"{summary['accuracy_dense']:.1%}", "", *cells(summary["whole"], summary))
     for sized in summary["sizes"]:
         accuracy = f"{sized['accuracy_closed_form']:.1%}", f"{sized['accuracy']:.1%}"
-        name = f"keep {sized['budget']['keep']:g}" if "keep" in sized["budget"] else "pruned"
-        table.add_row(name, *accuracy, *cells(sized["costs"], sized))
+        table.add_row(_size_name(sized), *accuracy, *cells(sized["costs"], sized))
     shown = console()
     shown.print(table)
-    told = "; latency: one image in ONNX Runtime, one thread" if timed else ""
+    told = "; latency: one image in ONNX Runtime on this machine, one thread" if timed else ""
     shown.print(f"Accuracy on the test images: start in closed form, tuned after fine-tuning{told}.")
     for sized in summary["sizes"]:
-        if sized["note"]:
-            shown.print(f"Note: {sized['note']}.")
+        for line in _remarks(sized):
+            shown.print(line)
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in summary["seconds"].items())
     shown.print(f"Took {sum(summary['seconds'].values()):.1f} s: {seconds}.")
     for folder in summary["out"]:
         shown.print(f"Saved to {folder}", soft_wrap=True)
     shown.print(f"Report: {summary['report']}", soft_wrap=True)
+
+
+def _size_name(sized: dict[str, Any]) -> str:
+    keep = f"keep {sized['budget']['keep']:g}" if "keep" in sized["budget"] else "pruned"
+    name = sized.get("device") or keep
+    precision = sized.get("precision", "fp32")
+    return name if precision == "fp32" else f"{name}, {precision}"
+
+
+def _remarks(sized: dict[str, Any]) -> list[str]:
+    """What a person is told of a model beside its row: unused budget, and how its device was met."""
+    name = _size_name(sized)
+    lines = [f"Note, {name}: {sized['note']}."] if sized["note"] else []
+    if sized.get("predicted_ms") is not None:
+        asked = f", at most {sized['budget']['latency_ms']:g} ms asked" if "latency_ms" in sized["budget"] else ""
+        run = f"{sized['latency_threads']} threads, batch {sized['latency_batch']}"
+        where = "measured here" if sized["latency_on_device"] else "on this machine, which is not the device"
+        lines.append(
+            f"{name}: {sized['predicted_ms']:.3g} ms foretold{asked}; {sized['latency_ms']:.3g} ms {where} ({run})."
+        )
+    if sized.get("memory"):
+        asked_bytes = byte_count(sized["budget"]["peak_memory_bytes"])
+        lines.append(f"{name}: {byte_count(sized['memory']['peak_bytes'])} of memory measured, {asked_bytes} asked.")
+    return lines

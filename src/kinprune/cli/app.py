@@ -8,6 +8,7 @@ import typer
 
 from kinprune.cli.adapt import adapt_command
 from kinprune.cli.bank import bank_app
+from kinprune.cli.device import device_app
 from kinprune.cli.help import Sectioned
 from kinprune.cli.kin import kin_command
 from kinprune.cli.overlap import overlap_command
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bank_app)
+app.add_typer(device_app)
 app.command("adapt", cls=Sectioned)(adapt_command)
 app.command("kin", cls=Sectioned)(kin_command)
 app.command("overlap", cls=Sectioned)(overlap_command)

@@ -13,11 +13,12 @@ from kinprune.cli.values import between, three, whole
 if TYPE_CHECKING:
     from kinprune.tasks import Task
 
-SECTIONS = DATA, MODEL, KIN, BUDGET, PRUNING, TRAINING, RUNNING = (
+SECTIONS = DATA, MODEL, KIN, BUDGET, DEVICE, PRUNING, TRAINING, RUNNING = (
     "Data",
     "Model",
     "Kin",
     "Budget (one or more, all of them hold)",
+    "Device",
     "Pruning",
     "Fine-tuning",
     "Running and output",

@@ -216,11 +216,20 @@ def no_budget(shares: str) -> str:
     )
 
 
+def amounts_of(
+    keep: float | None, given: Mapping[str, Limit], max_latency: float | None, whole: Costs
+) -> dict[str, float]:
+    """What was asked for in numbers, by the names of ``Budget``; per cents are of the ``whole`` model's costs."""
+    amounts: dict[str, float | None] = {name: wanted.of(getattr(whole, name)) for name, wanted in given.items()}
+    amounts |= {"keep": keep, "latency_ms": max_latency}
+    return {name: amount for name, amount in amounts.items() if amount is not None}
+
+
 def budget_of(keep: float | None, given: Mapping[str, Limit], whole: Costs) -> Budget:
-    """The budget in numbers: limits in per cent are shares of the ``whole`` model's costs."""
+    """The budget of what was asked for."""
     from kinprune.selection import Budget
 
-    return Budget(keep=keep, **{name: wanted.of(getattr(whole, name)) for name, wanted in given.items()})
+    return Budget(**amounts_of(keep, given, None, whole))  # type: ignore[arg-type]
 
 
 def recipe_of(

@@ -104,6 +104,19 @@ def limit(unit: Literal["count", "bytes"]) -> Callable[[Any], Limit]:
     return parse
 
 
+_TIMES = {"": Decimal(1), "ms": Decimal(1), "s": Decimal(1000), "us": Decimal("0.001")}
+
+
+def time(text: Any) -> float:
+    """A time in milliseconds, written ``5ms``, ``5``, ``0.005s`` or ``800us``."""
+    match = _NUMBER.fullmatch(str(text).strip())
+    scale = None if match is None else _TIMES.get(match[3].lower())
+    value = Decimal(0) if match is None or scale is None else Decimal(match[1] + (match[2] or "")) * scale
+    if value <= 0:
+        raise typer.BadParameter(f"'{text}', expected a time above 0 such as 5ms, 0.8ms or 0.01s")
+    return float(value)
+
+
 def word(text: str) -> Any:
     """A word of a fixed list, which the library checks: as what the library takes, for the type checker."""
     return text

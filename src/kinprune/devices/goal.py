@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kinprune.devices.device import Device, Profile
+from kinprune.devices.device import Device, Profile, Wanted
 from kinprune.devices.prediction import LatencyModel
 from kinprune.devices.profile import latency_of, preferred_multiple
-from kinprune.errors import DeviceError
+from kinprune.errors import BudgetError, DeviceError
 from kinprune.precision import PRECISIONS, Precision
-from kinprune.selection import Budget
+from kinprune.selection import Budget, select
 from kinprune.units import CostModel, Costs, UnitSpace
 
 Counts = NDArray[np.int64]
@@ -61,7 +62,8 @@ class Goal:
     """One model that is asked for: its budget, and the device and precision that the budget counts in.
 
     ``device`` is None where no device was named; ``multiple`` is what widths are rounded to there, ``profile`` what
-    latencies are foretold from. Goals of one ``device`` are alternatives: the one whose model answers best is kept.
+    latencies are foretold from. Goals with the same ``wish``, a number, are alternatives: the one whose model answers
+    best is kept.
     """
 
     budget: Budget
@@ -69,6 +71,7 @@ class Goal:
     device: str | None = None
     multiple: int = 1
     profile: Profile | None = None
+    wish: int = 0
 
     @property
     def precision(self) -> Precision:
@@ -76,58 +79,74 @@ class Goal:
         return self.costs.precision
 
 
-def plain_goal(budget: Budget, space: UnitSpace, precision: Precision = "fp32", multiple: int = 1) -> Goal:
+def plain_goal(
+    budget: Budget, space: UnitSpace, precision: Precision = "fp32", *, multiple: int = 1, wish: int = 0
+) -> Goal:
     """A goal without a device."""
-    return Goal(budget, DeviceCosts(space.costs, precision), multiple=multiple)
+    return Goal(budget, DeviceCosts(space.costs, precision), multiple=multiple, wish=wish)
 
 
 def goals_of(
-    device: Device, space: UnitSpace, limits: Mapping[str, Any], *, multiple: int = 1, keep: float | None = None
+    device: Device,
+    space: UnitSpace,
+    budget: Mapping[str, Any],
+    *,
+    precision: Wanted | None = None,
+    multiple: int = 1,
+    wish: int = 0,
 ) -> list[Goal]:
     """The goals of a device for a unit space: one for each precision that is open.
 
-    ``limits``, named as in ``Budget``, come before the device's own; a share of the units to ``keep`` may be added.
-    Widths are multiples of what the profile prefers and of ``multiple``.
+    ``budget`` has values named as in ``Budget``, which come before the device's own limits. Widths are multiples of
+    what the profile prefers and of ``multiple``. ``precision`` comes before the device's own.
 
     Raises:
         DeviceError: the device has no limit, was profiled with another backbone, or has no profile in a precision
             that a limit in milliseconds needs.
     """
-    limits = {**device.limits, **limits}
-    if not limits and keep is None:
+    limits = {**device.limits, **budget}
+    if not limits:
         raise DeviceError(
             f"{device.name} sets no limit and no budget was given: add --max-latency 5ms or another limit, or set one "
             "with kinprune device set"
         )
-    goals = [
-        _goal(device, precision, space, limits, multiple, keep)
-        for precision in _open(device, needs_profile="latency_ms" in limits)
-    ]
-    if not goals:
+    wanted = device.precision if precision is None else precision
+    asked = [one for one in PRECISIONS if wanted in ("auto", one)]
+    if "latency_ms" in limits:
+        asked = [one for one in asked if device.profile(one) is not None]
+    if not asked:
         found = ", ".join(one.precision for one in device.profiles) or "none"
-        wanted = "fp32" if device.precision == "auto" else device.precision
         raise DeviceError(
-            f"{device.name} has a limit in milliseconds but no profile to foretell it (precision {device.precision}, "
-            f"profiled: {found}): make one with kinprune device profile --precision {wanted}"
+            f"{device.name} has a limit in milliseconds but no profile to foretell it (precision {wanted}, profiled: "
+            f"{found}): make one with kinprune device profile --precision {'fp32' if wanted == 'auto' else wanted}"
         )
-    return goals
+    return [_goal(device, one, space, Budget(**limits), multiple, wish) for one in asked]
 
 
-def _open(device: Device, *, needs_profile: bool) -> list[Precision]:
-    wanted = [one for one in PRECISIONS if device.precision in ("auto", one)]
-    return [one for one in wanted if device.profile(one) is not None or not needs_profile]
-
-
-def _goal(
-    device: Device,
-    precision: Precision,
-    space: UnitSpace,
-    limits: Mapping[str, Any],
-    multiple: int,
-    keep: float | None,
-) -> Goal:
+def _goal(device: Device, precision: Precision, space: UnitSpace, budget: Budget, multiple: int, wish: int) -> Goal:
     profile = device.profile(precision)
     latency = None if profile is None else latency_of(profile, space)
     preferred = 1 if latency is None else preferred_multiple(latency)
     costs = DeviceCosts(space.costs, precision, latency)
-    return Goal(Budget(keep=keep, **limits), costs, device.name, int(np.lcm(multiple, preferred)), profile)
+    return Goal(budget, costs, device.name, math.lcm(multiple, preferred), profile, wish)
+
+
+def reachable_goals(space: UnitSpace, goals: Sequence[Goal]) -> list[Goal]:
+    """Those of the goals whose budgets can be reached, whatever the scores are.
+
+    Raises BudgetError, with the smallest that can be reached, where none of a wish's alternatives can.
+    """
+    found: list[Goal] = []
+    refused: dict[int, BudgetError] = {}
+    for goal in goals:
+        try:
+            select(space, np.zeros(len(space)), goal.budget, multiple=goal.multiple, costs=goal.costs)
+        except BudgetError as error:
+            on = "" if goal.device is None else f"{goal.device}, {goal.precision}: "
+            refused.setdefault(goal.wish, BudgetError(f"{on}{error}"))
+        else:
+            found.append(goal)
+    for wish in sorted(refused):
+        if wish not in {goal.wish for goal in found}:
+            raise refused[wish]
+    return found

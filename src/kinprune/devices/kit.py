@@ -21,10 +21,8 @@ from kinprune.precision import Precision
 from kinprune.units import UnitSpace
 
 MODULES = (
-    "__init__.py",
     "errors.py",
     "precision.py",
-    "devices/__init__.py",
     "devices/device.py",
     "devices/noise.py",
     "devices/timing.py",
@@ -62,6 +60,8 @@ def write_kit(samples: Mapping[Precision, Samples], path: Path) -> None:
     package = Path(__file__).parents[1]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("__main__.py", MAIN)
+        for name in ("__init__.py", "devices/__init__.py"):
+            file.writestr(f"kinprune/{name}", "")
         for name in MODULES:
             file.writestr(f"kinprune/{name}", (package / name).read_text())
         for precision, one in samples.items():

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from kinprune import quantities
 from kinprune.adaptation import Adapted, Sized
+from kinprune.devices.profile import is_here
 from kinprune.selection import Budget
 from kinprune.units import Costs
 
@@ -72,7 +73,7 @@ def size_name(budget: Budget) -> str:
 def size_rows(adapted: Adapted, latencies: Sequence[float | None] | None = None) -> tuple[SizeRow, ...]:
     """A row for every size, in the order they were asked for."""
     times = [None] * (len(adapted.sizes) + 1) if latencies is None else list(latencies)
-    names = [size_name(sized.budget) for sized in adapted.sizes]
+    names = [_name(sized) for sized in adapted.sizes]
     names = [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
     return tuple(
         SizeRow(
@@ -83,11 +84,18 @@ def size_rows(adapted: Adapted, latencies: Sequence[float | None] | None = None)
             difference=quantities.points(sized.final.accuracy - adapted.dense.accuracy),
             costs=figures(sized.selection.costs, adapted.whole),
             latency=_latency(times[1 + colour], times[0]),
-            limits=_limits(adapted, sized),
-            notes=_notes(adapted, sized),
+            limits=_limits(adapted, sized, times[1 + colour]),
+            notes=_notes(adapted, sized, times[1 + colour]),
         )
         for colour, (name, sized) in enumerate(zip(names, adapted.sizes, strict=True))
     )
+
+
+def _name(sized: Sized) -> str:
+    """A size by its device where it has one, else by its budget; with its precision where that is no usual one."""
+    goal = sized.goal
+    name = size_name(sized.budget) if goal.device is None else goal.device
+    return name if goal.precision == "fp32" else f"{name}, {goal.precision}"
 
 
 def group_rows(adapted: Adapted) -> tuple[GroupRow, ...]:
@@ -133,12 +141,14 @@ def _figure(value: float, whole: float, text: str) -> Figure:
 
 
 def _amount(name: str, value: float) -> str:
+    if name == "latency_ms":
+        return quantities.milliseconds(value)
     noun, form = FIGURES[name]
     return f"{form(value)} {noun}"
 
 
-def _limits(adapted: Adapted, sized: Sized) -> tuple[Limit, ...]:
-    """A reached figure's share is that of its limit."""
+def _limits(adapted: Adapted, sized: Sized, latency: float | None) -> tuple[Limit, ...]:
+    """A reached figure's share is that of its limit. ``latency`` was measured here, on the device or elsewhere."""
     limits = []
     keep = sized.budget.keep
     if keep is not None:
@@ -147,6 +157,9 @@ def _limits(adapted: Adapted, sized: Sized) -> tuple[Limit, ...]:
         limits.append(Limit(f"{quantities.ratio(keep)} of units", reached, kept <= units * keep + 1e-9 * units))
     costs = asdict(sized.selection.costs)
     for name, limit in sized.budget.limits().items():
+        if name == "latency_ms":
+            limits.append(_latency_limit(adapted, sized, limit, latency))
+            continue
         # To the last digit: rounded, a reached 1,499,990 and an asked 1,500,000 would look the same.
         noun = "bytes " + FIGURES[name][0] if name.endswith("bytes") else FIGURES[name][0]
         share = costs[name] / limit
@@ -155,9 +168,23 @@ def _limits(adapted: Adapted, sized: Sized) -> tuple[Limit, ...]:
     return tuple(limits)
 
 
-def _notes(adapted: Adapted, sized: Sized) -> tuple[str, ...]:
+def _latency_limit(adapted: Adapted, sized: Sized, limit: float, measured: float | None) -> Limit:
+    """Milliseconds as measured where this machine is the device, else as its profile foretells them."""
+    goal = sized.goal
+    foretold = goal.costs.predicted_ms(adapted.space.counts(sized.selection.mask.kept))
+    assert foretold is not None  # no limit in milliseconds without a profile
+    on_device = measured is not None and goal.profile is not None and is_here(goal.profile)
+    found = measured if on_device and measured is not None else foretold
+    text = f"{quantities.milliseconds(found)} {'measured' if on_device else 'foretold'}"
+    reached = Figure(found, text, found / limit, f"{quantities.round_percent(found / limit)} of it")
+    return Limit(quantities.milliseconds(limit), reached, found <= limit)
+
+
+def _notes(adapted: Adapted, sized: Sized, latency: float | None) -> tuple[str, ...]:
     notes = [] if sized.selection.note is None else [f"{sized.selection.note}."]
-    limits = _limits(adapted, sized)
+    limits = _limits(adapted, sized, latency)
+    if sized.goal.multiple > 1:
+        notes.append(f"Widths are multiples of {sized.goal.multiple}.")
     if sized.budget.keep is not None and not limits[0].met:
         notes.append("More units than asked for: every layer keeps at least one, or one block of a rounded width.")
     training = sized.training

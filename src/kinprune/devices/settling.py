@@ -1,0 +1,50 @@
+"""Settling: a limit in milliseconds on this very machine is met by timing the model, not by foretelling it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from kinprune.devices.goal import Goal
+from kinprune.devices.onnx import export_onnx, missing_package
+from kinprune.devices.profile import is_here
+from kinprune.devices.timing import ROUNDS, open_timed, time_sessions
+from kinprune.preprocessing import Preprocessing
+
+CALIBRATION_IMAGES = 8
+
+
+def timed_here(goal: Goal) -> bool:
+    """Whether a goal has a limit in milliseconds on a device that is this machine, and models can be timed here."""
+    profile = goal.profile
+    return goal.budget.latency_ms is not None and profile is not None and is_here(profile) and not missing_package()
+
+
+def time_model(
+    model: nn.Module, goal: Goal, classes: Sequence[str], preprocessing: Preprocessing, images: Tensor
+) -> float:
+    """Milliseconds that a small model of ``classes`` takes on this machine, run as the goal's profile was made.
+
+    ``images``, ``uint8 [n, 3, h, w]``, calibrate int8.
+    """
+    profile = goal.profile
+    assert profile is not None
+    with tempfile.TemporaryDirectory() as aside:
+        path = Path(aside) / "model.onnx"
+        export_onnx(
+            model,
+            path,
+            classes=classes,
+            preprocessing=preprocessing,
+            check=False,
+            precision=goal.precision,
+            calibration=images[:CALIBRATION_IMAGES] if goal.precision == "int8" else None,
+        )
+        size = preprocessing.image_size
+        image = np.random.default_rng(0).standard_normal((profile.batch, 3, *size), dtype=np.float32)
+        return time_sessions([open_timed(path, profile.threads)], [image], 2 * ROUNDS)[0]
+
