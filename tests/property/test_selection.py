@@ -19,6 +19,7 @@ from kinprune.selection import TOLERANCE, Allocation, Budget, Selection, select,
 from kinprune.units import Group, Mask, UnitSpace
 from kinprune.units.costs import StateTensor, cost_model
 from kinprune.units.layout import Fixed, Layout, Product, Units
+from kinprune.units.runtime import NO_RUNTIME
 from kinprune.units.trace import Operation, Output
 
 MEASURES = ("parameters", "macs", "weight_bytes", "peak_memory_bytes")
@@ -47,7 +48,7 @@ def chain(sizes: list[int], widths: list[int], grids: list[int]) -> UnitSpace:
         Group(f"layer{number}", "filter", size, width, (), False)
         for number, (size, width) in enumerate(zip(sizes, widths, strict=True))
     )
-    costs = cost_model(state, operations, axes.__getitem__, len(groups))
+    costs = cost_model(state, operations, axes.__getitem__, len(groups), NO_RUNTIME)
     return UnitSpace(groups, {}, {}, (), (), costs, None)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from kinprune.errors import UnitError
 from kinprune.units import layout as layouts
 from kinprune.units.attributes import attributes_of_draft, head_attributes
-from kinprune.units.costs import StateTensor, cost_model
+from kinprune.units.costs import Matrix, StateTensor, cost_model
 from kinprune.units.draft import Draft, Layouts, layer_of, make_draft, owner_of
 from kinprune.units.layout import Layout
 from kinprune.units.modes import evaluating
@@ -86,7 +86,14 @@ def _space(draft: Draft, head: str | None) -> UnitSpace:
         for name, tensor in named():
             layout = tuple(made[axis] for axis in draft.trace.parameters[name])
             tensors[name] = layout
-            state[name] = StateTensor(layout, kind == "parameter", name in persistent, tensor.element_size())
+            state[name] = StateTensor(
+                layout,
+                kind == "parameter",
+                name in persistent,
+                tensor.element_size(),
+                tensor.is_floating_point(),
+                _matrix(draft, made, name),
+            )
     by_group: dict[int, list[tuple[str, int]]] = {}
     for name, layout in tensors.items():
         for dimension, part in enumerate(layout):
@@ -100,6 +107,14 @@ def _space(draft: Draft, head: str | None) -> UnitSpace:
     )
     costs = cost_model(state, draft.trace.operations, made.__getitem__, len(groups))
     return UnitSpace(groups, tensors, attributes, _whole(draft, head), shortcuts, costs, head)
+
+
+def _matrix(draft: Draft, made: Layouts, name: str) -> Matrix | None:
+    """What a weight makes, where it is one of a convolution or matrix product; the classifier makes the output."""
+    role = draft.trace.roles.get(name)
+    if role is None:
+        return None
+    return Matrix(made[role.produces], draft.axes.find(role.produces) == draft.axes.find(draft.trace.output[-1]))
 
 
 def _groups(draft: Draft, by_group: dict[int, list[tuple[str, int]]], made: Layouts) -> tuple[Group, ...]:

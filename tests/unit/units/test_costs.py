@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kinprune.precision import PRECISIONS
 from kinprune.units import Mask, UnitSpace, extract, find_units
+from kinprune.units.runtime import NO_RUNTIME
 
 Build = Callable[..., tuple[nn.Module, tuple[int, int]]]
 Draw = Callable[[UnitSpace, int], Mask]
@@ -72,7 +74,11 @@ def test_half_precision_halves_bytes_but_nothing_else(build: Build) -> None:
     a, b = full.cost(full.whole_mask()), half.cost(half.whole_mask())
     assert (a.parameters, a.macs) == (b.parameters, b.macs)
     assert a.weight_bytes == 2 * b.weight_bytes
-    assert a.peak_memory_bytes == 2 * b.peak_memory_bytes
+    whole = full.sizes[None]
+    assert full.costs.live_bytes(whole) == 2 * half.costs.live_bytes(whole)
+    # Stored as half, they are what the half model has; a model of half numbers stays as it is.
+    for space in (full, half):
+        assert space.costs.weight_bytes(whole, "fp16") == half.costs.weight_bytes(whole)
 
 
 def cost_of(space: UnitSpace, counts: list[int], name: str) -> int:
@@ -103,7 +109,39 @@ def test_a_chain_by_hand(first: int, second: int) -> None:
     assert costs.macs == 16 * 27 * first + 16 * first * second + 2 * 16 * second
     image, one, two, logits = 4 * 16 * 3, 4 * 16 * first, 4 * 16 * second, 8
     # The image is read by the first layer only; ReLU writes over its input, flattening moves nothing.
-    assert costs.peak_memory_bytes == 4 * parameters + max(image + one, one + two, two + logits)
+    counts = np.array([[first, second]])
+    assert space.costs.live_bytes(counts) == max(image + one, one + two, two + logits)
+    assert space.costs.weight_bytes(counts, "fp16") == 2 * parameters
+    # A byte an element and 13 an output channel, biases as they were, and the classifier as it was.
+    layers = 27 * first + 13 * first + 4 * first + first * second + 13 * second
+    assert space.costs.weight_bytes(counts, "int8") == layers + 4 * (2 * 16 * second + 2)
+    for precision in PRECISIONS:
+        costs = space.costs.of([first, second], precision)
+        assert costs.weight_bytes == space.costs.weight_bytes(counts, precision)
+        assert costs.peak_memory_bytes == space.costs.peak_memory_bytes(counts, precision)
+
+
+def test_peak_memory_is_what_a_runtime_makes_of_the_model() -> None:
+    space = find_units(Chain(), (4, 4))
+    counts = np.array([[4, 6], [1, 2]])
+    bare = replace(space.costs, runtime=NO_RUNTIME)
+    assert (bare.peak_memory_bytes(counts) == bare.weight_bytes(counts) + bare.live_bytes(counts)).all()
+    for precision, own in space.costs.runtime.overheads.items():
+        weights, live = space.costs.weight_bytes(counts, precision), space.costs.live_bytes(counts)
+        matrices = np.array([[27 * 4, 4 * 6, 2 * 16 * 6], [27, 2, 2 * 16 * 2]])
+        # The image, both convolutions, ReLU, flattening, and the classifier's product.
+        expected = space.costs.runtime.peak_bytes(precision, weights, live, matrices, 6, 3)
+        assert space.costs.peak_memory_bytes(counts, precision).tolist() == expected.tolist()
+        assert (expected > weights + live + own.fixed).all()
+
+
+def test_batch_norm_takes_no_memory_of_its_own() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    space = find_units(model, (4, 4))
+    image, one, two = 4 * 16 * 3, 4 * 16 * 5, 4 * 16 * 2
+    assert space.costs.live_bytes(np.array([[5]])) == max(image + one, one + two)
 
 
 class Residual(nn.Module):
@@ -140,7 +178,7 @@ def test_a_residual_block_by_hand(channels: int, inner: int) -> None:
         stream + pooled,
         pooled + logits,
     ]
-    assert costs.peak_memory_bytes == weights + max(live)
+    assert space.costs.live_bytes(np.array([counts])) == max(live)
 
 
 def test_normalisation_layers_save_their_statistics() -> None:
@@ -182,9 +220,25 @@ def test_costs_grow_with_every_unit(build: Build, family: str) -> None:
     for group in range(len(space.groups)):
         more = counts.copy()
         more[:, group] += 1
-        for name in ("parameters", "weight_bytes", "macs"):
+        for name in ("parameters", "macs"):
             assert (getattr(space.costs, name)(more) > getattr(space.costs, name)(counts)).all()
-        assert (space.costs.peak_memory_bytes(more) > space.costs.peak_memory_bytes(counts)).all()
+        for precision in PRECISIONS:
+            for name in ("weight_bytes", "peak_memory_bytes"):
+                cost = getattr(space.costs, name)
+                assert (cost(more, precision) > cost(counts, precision)).all()
+
+
+@pytest.mark.parametrize("family", ["resnet", "densenet", "mobilenetv3", "convnext", "vit"])
+def test_fewer_bits_are_fewer_bytes(build: Build, family: str) -> None:
+    model, size = build(family)
+    space = find_units(model, size)
+    random = np.random.default_rng(2)
+    counts = np.array([[random.integers(1, group.size + 1) for group in space.groups] for _ in range(20)])
+    whole, half, bytes_ = (space.costs.weight_bytes(counts, precision) for precision in ("fp32", "fp16", "int8"))
+    assert (half < whole).all() and (bytes_ < whole).all()
+    large = space.sizes[None]
+    assert space.costs.weight_bytes(large, "int8") < space.costs.weight_bytes(large, "fp16")
+    assert space.costs.peak_memory_bytes(large, "fp32") < space.costs.peak_memory_bytes(large, "fp16")
 
 
 def test_many_masks_at_once_are_each_one_alone(build: Build) -> None:
@@ -195,3 +249,7 @@ def test_many_masks_at_once_are_each_one_alone(build: Build) -> None:
     for name in ("parameters", "weight_bytes", "macs", "peak_memory_bytes"):
         together = getattr(space.costs, name)(counts)
         assert together.tolist() == [getattr(space.costs.of(row), name) for row in counts]
+    for precision in PRECISIONS:
+        for name in ("weight_bytes", "peak_memory_bytes"):
+            together = getattr(space.costs, name)(counts, precision)
+            assert together.tolist() == [getattr(space.costs.of(row, precision), name) for row in counts]
