@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kinprune.calibration import closed_form
     from kinprune.delivery import artifact_of
     from kinprune.devices import OnnxExport, export_onnx, predict_onnx
+    from kinprune.devices.device import Device, read_device, write_device
+    from kinprune.devices.goal import Goal, goals_of
     from kinprune.errors import KinpruneError
     from kinprune.evaluation import Evaluation, evaluate, predict
     from kinprune.importance import Batch, normalise, rank, score
@@ -49,6 +51,8 @@ _HOMES = {
     "calibration": ("closed_form",),
     "delivery": ("artifact_of",),
     "devices": ("OnnxExport", "export_onnx", "predict_onnx"),
+    "devices.device": ("Device", "read_device", "write_device"),
+    "devices.goal": ("Goal", "goals_of"),
     "errors": ("KinpruneError",),
     "evaluation": ("Evaluation", "evaluate", "predict"),
     "importance": ("Batch", "normalise", "rank", "score"),
@@ -82,7 +86,9 @@ __all__ = [
     "Budget",
     "Costs",
     "DecodedTask",
+    "Device",
     "Evaluation",
+    "Goal",
     "Group",
     "KinpruneError",
     "Mask",
@@ -111,6 +117,7 @@ __all__ = [
     "find_kin",
     "find_units",
     "fine_tune",
+    "goals_of",
     "load",
     "load_backbone",
     "load_task",
@@ -121,11 +128,13 @@ __all__ = [
     "predict_onnx",
     "prune",
     "rank",
+    "read_device",
     "save",
     "score",
     "select",
     "select_family",
     "task_from_arrays",
+    "write_device",
 ]
 
 try:

@@ -19,7 +19,7 @@ from kinprune.bank import Bank, Lessons, check_space, open_bank
 from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
 from kinprune.devices.goal import Goal, plain_goal, reachable_goals
-from kinprune.devices.settling import time_model, timed_here
+from kinprune.devices.settling import settle, time_model, timed_here
 from kinprune.errors import BankError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
 from kinprune.importance import Scores, draw_batches, normalise, score
@@ -32,11 +32,6 @@ from kinprune.training import TrainingResult, fine_tune, hold_back
 from kinprune.transferability import Target
 from kinprune.units import Costs, Mask, UnitSpace, extract
 from kinprune.voting import Ballot, ballot_mvp, ballot_ranking, ballot_smsp, neighbour_weights
-
-SETTLING_ROUNDS = 4
-"""How often a model that runs slower than it may is cut further."""
-SETTLED_BELOW = 0.98
-"""How far below the limit the next cut aims: a timing has errors of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,20 +306,19 @@ class _Work:
 
     def settled(self, ballot: Ballot, goal: Goal, selection: Selection) -> Selection:
         """The selection whose model, timed on this machine, keeps the goal's limit in milliseconds."""
-        wanted = goal.budget.latency_ms
-        assert wanted is not None
-        aim = wanted
-        for _ in range(SETTLING_ROUNDS):
-            small = extract(self.dense, self.space, selection.mask)
-            found = time_model(small, goal, self.task.classes, self.task.preprocessing, self.fit.images)
-            if found <= wanted:
-                break
-            aim *= SETTLED_BELOW * wanted / found
-            try:
-                selection = self.pick(ballot, goal, replace(goal.budget, latency_ms=aim))
-            except BudgetError:  # there is nothing smaller: what is there is reported with its latency
-                break
-        return selection
+        task = self.task
+
+        def milliseconds(one: Selection) -> float:
+            small = extract(self.dense, self.space, one.mask)
+            return time_model(small, goal, task.classes, task.preprocessing, self.fit.images)
+
+        assert goal.budget.latency_ms is not None
+        return settle(
+            goal.budget.latency_ms,
+            selection,
+            lambda aim: self.pick(ballot, goal, replace(goal.budget, latency_ms=aim)),
+            milliseconds,
+        )
 
     def donors(self, neighbours: Sequence[Neighbour], lessons: Lessons, weights: Sequence[float]) -> list[Donor]:
         """The neighbours' pruned models; only the nearest's where no other is asked for."""

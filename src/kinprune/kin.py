@@ -127,9 +127,11 @@ def _alike(chunk: ProbeChunk, without: Collection[str]) -> Iterator[NDArray[np.i
     """The places of probes that may be compared, those of about as many classes together.
 
     They are padded to the most classes of any: one broad task among thousands of small ones would make all of them
-    large. Within a factor of two, padding at most doubles them.
+    large. Within a factor of two, padding at most doubles them. They are in the order of their keys: the last bit of a
+    product depends on where in a matrix a row stands, and a bank's order is to mean nothing.
     """
-    places = np.array([place for place, key in enumerate(chunk.keys) if key not in without], dtype=np.int64)
+    seen = sorted((key, place) for place, key in enumerate(chunk.keys) if key not in without)
+    places = np.array([place for _, place in seen], dtype=np.int64)
     levels = np.array([(len(chunk.probes[place].biases) - 1).bit_length() for place in places], dtype=np.int64)
     for level in np.unique(levels):
         yield places[levels == level]

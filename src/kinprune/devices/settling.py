@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,39 @@ from kinprune.devices.goal import Goal
 from kinprune.devices.onnx import export_onnx, missing_package
 from kinprune.devices.profile import is_here
 from kinprune.devices.timing import ROUNDS, open_timed, time_sessions
+from kinprune.errors import BudgetError
 from kinprune.preprocessing import Preprocessing
+from kinprune.selection import Selection
 
 CALIBRATION_IMAGES = 8
+ROUNDS_OF_CUTS = 4
+"""How often a model that runs slower than it may is cut further."""
+BELOW = 0.98
+"""How far below the limit the next cut aims: a timing has errors of its own."""
+
+
+def settle(
+    limit: float,
+    selection: Selection,
+    pick: Callable[[float], Selection],
+    milliseconds: Callable[[Selection], float],
+) -> Selection:
+    """The selection, or a smaller one, whose model keeps a limit in milliseconds as it is timed.
+
+    ``pick`` selects under another limit, ``milliseconds`` times a selection's model. Where nothing smaller is left,
+    the smallest is given, slower than it may be.
+    """
+    aim = limit
+    for _ in range(ROUNDS_OF_CUTS):
+        found = milliseconds(selection)
+        if found <= limit:
+            break
+        aim *= BELOW * limit / found
+        try:
+            selection = pick(aim)
+        except BudgetError:
+            break
+    return selection
 
 
 def timed_here(goal: Goal) -> bool:
@@ -47,4 +77,3 @@ def time_model(
         size = preprocessing.image_size
         image = np.random.default_rng(0).standard_normal((profile.batch, 3, *size), dtype=np.float32)
         return time_sessions([open_timed(path, profile.threads)], [image], 2 * ROUNDS)[0]
-

@@ -13,21 +13,28 @@ MULTIPLES = (1, 4, 8, 16, 32)
 """What widths are rounded to: runtimes work on so many channels at once, and dislike what is left over."""
 LEVELS = (0.75, 0.5, 0.35, 0.2, 0.1, 0.05)
 LEAST_SHARE = 0.03
+TRIES = 20
 
 
 def sample_counts(space: UnitSpace, samples: int, seed: int = 0) -> NDArray[np.int64]:
     """Kept counts ``[samples, g]`` of small models, the whole one first.
 
-    Every layer kept alike at a few levels, then random models: all layers around one level, each rounded to one of
-    ``MULTIPLES``.
+    Every layer kept alike at a few levels, then random models, all of them different: all layers around one level,
+    each rounded to one of ``MULTIPLES``. A very small model has fewer than were asked for.
     """
     generator = np.random.default_rng(seed)
     rows = [space.sizes]
     rows += [round_counts(space, space.sizes * level, multiple) for level in LEVELS for multiple in (1, 16)]
-    while len(rows) < samples:
+    known = {tuple(row.tolist()) for row in rows}
+    for _ in range(TRIES * samples):
+        if len(rows) >= samples:
+            break
         level = np.exp(generator.uniform(np.log(LEAST_SHARE), 0))
         shares = level * np.exp(generator.uniform(-1, 1, len(space.sizes)))
-        rows.append(round_counts(space, space.sizes * np.minimum(shares, 1), int(generator.choice(MULTIPLES))))
+        row = round_counts(space, space.sizes * np.minimum(shares, 1), int(generator.choice(MULTIPLES)))
+        if (key := tuple(row.tolist())) not in known:
+            known.add(key)
+            rows.append(row)
     return np.array(rows[:samples], dtype=np.int64)
 
 
