@@ -141,6 +141,7 @@ def test_the_file_is_valid_and_says_what_it_takes(exported: Path) -> None:
     assert image.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert {entry.key for entry in model.metadata_props} == {
         "kinprune.classes",
+        "kinprune.precision",
         "kinprune.preprocessing",
         "kinprune.version",
     }

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, cast, get_args
+from typing import Any
 
 from torch import nn
 
 from kinprune.backbones.checkpoint import Hints
 from kinprune.errors import BackboneError
-from kinprune.preprocessing import Interpolation, Preprocessing
+from kinprune.preprocessing import Preprocessing, resolved
 
 _SMALLEST = 32  # pixels: timm's CNNs halve their input five times
 
@@ -39,13 +38,7 @@ def resolve_preprocessing(
     values = asdict(Preprocessing())
     for source in (own, asdict(hints), given):
         values.update({key: source[key] for key in given if source.get(key) is not None})
-    return Preprocessing(
-        image_size=_size(values["image_size"]),
-        mean=_three("mean", values["mean"]),
-        std=_three("std", values["std"], positive=True),
-        interpolation=_interpolation(values["interpolation"]),
-        crop_pct=_crop_pct(values["crop_pct"]),
-    )
+    return resolved(**values)
 
 
 def check_least_size(image_size: tuple[int, int]) -> None:
@@ -70,35 +63,3 @@ def check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
         f"The image size {image_size[0]}x{image_size[1]} is not a whole number of patches of {patch[0]}x{patch[1]} "
         f"pixels: use {valid}."
     )
-
-
-def _size(value: Any) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
-        raise BackboneError(f"The image size is {value!r}, expected pixels, such as 224 or (height, width).")
-    return sides
-
-
-def _three(name: str, value: Any, *, positive: bool = False) -> tuple[float, float, float]:
-    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    valid = len(numbers) == 3 and all(
-        isinstance(number, int | float) and math.isfinite(number) and (number > 0 or not positive) for number in numbers
-    )
-    if not valid:
-        kind = "positive numbers" if positive else "numbers"
-        raise BackboneError(f"{name} is {value!r}, expected three {kind}, one a channel, for pixels in [0, 1].")
-    first, second, third = map(float, numbers)
-    return first, second, third
-
-
-def _interpolation(value: Any) -> Interpolation:
-    known = get_args(Interpolation)
-    if value not in known:
-        raise BackboneError(f"The interpolation is {value!r}, expected one of {', '.join(known)}.")
-    return cast(Interpolation, value)
-
-
-def _crop_pct(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
-        raise BackboneError(f"crop_pct is {value!r}, expected the share of a side that is kept, above 0 and up to 1.")
-    return float(value)
