@@ -208,11 +208,12 @@ def _canonical(file: Any) -> Any:
     for number, node in enumerate(file.graph.node):
         node.name = f"n{number}"
         for place, name in enumerate(node.input):
-            if name in held and (name not in renamed or held[name].ByteSize() <= SMALL):
+            if name in held:  # shared by equal values only by chance: each use has its own
                 own = copy.deepcopy(held[name])
-                own.name = renamed[name] = f"w{number}_{place}"
+                own.name = node.input[place] = f"w{number}_{place}"
                 tensors.append(own)
-            node.input[place] = renamed.get(name, name)
+            else:
+                node.input[place] = renamed.get(name, name)
         for place, name in enumerate(node.output):
             if name and name not in (output.name for output in file.graph.output):
                 node.output[place] = renamed[name] = f"v{number}_{place}"

@@ -19,7 +19,7 @@ from kinprune.units import Mask  # noqa: E402
 FAMILIES: dict[str, dict[str, Any]] = {
     "mobilenetv3_small_050": {},
     "densenet121": {"block_config": [2, 2], "growth_rate": 8},
-    "vit_tiny_patch16_224": {"depth": 2},
+    "vit_tiny_patch16_224": {"depth": 2, "img_size": 32},
 }
 
 
@@ -35,13 +35,15 @@ def shapes_of(path: Path) -> list[tuple[str, list[int]]]:
     ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [("mobilenetv3_small_050", False), ("densenet121", True), ("vit_tiny_patch16_224", False)],
+)
 def test_the_file_of_any_widths_is_what_an_export_would_be(name: str, stream: bool, tmp_path: Path) -> None:
     import timm
 
     model = timm.create_model(name, num_classes=4, **FAMILIES[name]).eval()
-    size = (224, 224) if "vit" in name else (64, 64)
+    size = (32, 32)
     head = "head" if "vit" in name else "classifier"
     space = kp.find_units(model, size, head=head, stream=stream)
     preprocessing = kp.Preprocessing(image_size=size)
