@@ -1,34 +1,37 @@
 """Memory: what an exported model takes of a device's memory, measured in a process that runs nothing else.
 
-How the options were chosen, on one x86 core, in MB over the runtime's own and in ms an image (ResNet-18 of 64 px with
-44.7 MB of weights, MobileNetV2 of 96 px with 9.1 MB):
+``session_options(low_memory=True)`` is what takes least. Whole models in MB over the runtime's own and in ms an image,
+on one x86 core with ONNX Runtime 1.32:
 
-===================================================  =========  ===========
-options                                              ResNet-18  MobileNetV2
-===================================================  =========  ===========
-ONNX Runtime's defaults                              158, 6 ms  33, 1.3 ms
-no memory arena, no pattern                          137, 6 ms  31, 1.3 ms
-and weights left in the file's layout (*extended*)   55, 8 ms   13, 4 ms
-===================================================  =========  ===========
+=====================  ========  ============  ============
+model, pixels          weights   defaults      low memory
+=====================  ========  ============  ============
+ResNet-18, 64          44.7      158, 8.4 ms   54.6, 11.0 ms
+MobileNetV2, 96        8.9       31.2, 3.5 ms  13.4, 7.3 ms
+ViT-tiny, 96           22.0      42.6, 15 ms   27.0, 14 ms
+ResNet-18, 64, int8    11.3      27.7, 1.9 ms  16.6, 2.4 ms
+MobileNetV2, 96, int8  2.6       10.8, 1.6 ms  7.3, 2.2 ms
+ViT-tiny, 96, int8     5.9       16.2, 6.0 ms  13.8, 5.4 ms
+=====================  ========  ============  ============
 
-The defaults keep weights in several layouts. So what is least in memory is slower for convolutions; a session that has
-room takes ``session_options()``.
+By default the runtime rearranges the weights of convolutions for its kernels, which makes them faster and keeps the
+weights twice and more; what it frees while it loads stays in the heap of the GNU C library. Without prepacking, int8
+convolutions would be ten times as slow for no less memory. Nothing is gained by the ORT format, which is read whole.
 """
 
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from kinprune.devices import memory_process
+from kinprune.devices.runtime import package
 from kinprune.errors import ExportError
 
 RUNS = 5
@@ -67,19 +70,21 @@ class MemoryUse:
 def session_options(*, low_memory: bool = False, threads: int | None = None) -> Any:
     """ONNX Runtime's session options: its defaults, or with ``low_memory`` those that take the least memory.
 
-    The latter keep no arena and no layout of the weights but the file's, and pack weights only in *int8*, where kernels
-    are ten times as slow without. ``threads`` is how many a session takes. Raises ExportError without ONNX Runtime.
+    The latter leave the weights of convolutions in the file's layout and out of the arena for activations, plan no
+    activations ahead, and write no scaled copy of weights. They also tell the C library of this process, where it is
+    GNU's, to give freed blocks from 64 KiB back to the system, as ``MALLOC_MMAP_THRESHOLD_=65536`` would: load the
+    model after that. ``threads`` is how many a session takes. Raises ExportError without ONNX Runtime.
     """
-    _package("onnxruntime")
+    package("onnxruntime")
     return memory_process.session_options(_settings(low_memory, threads))
 
 
 def measure_memory(path: str | Path, *, threads: int = 1, runs: int = RUNS, timeout: float = 300.0) -> MemoryUse:
     """What the exported model ``path`` takes of memory while it is loaded and answers one image, ``runs`` times.
 
-    It runs in a process of its own, which imports NumPy and ONNX Runtime, with ``session_options(low_memory=True)`` for
-    its ``precision``. The baseline is taken after a trivial model has run. Only on Linux. Memory that is not of the
-    model is in it by some hundred KB: pages of the runtime's code that no model before it had used.
+    It runs in a process of its own, which imports NumPy and ONNX Runtime, with ``session_options(low_memory=True)``,
+    on Linux only. The baseline is taken after a trivial model has run. About 1 MB of the figure is of no model: pages
+    of the runtime's code that the trivial one had not used.
 
     Raises:
         ExportError: the file is missing or damaged, takes anything but one batch of images, runs for longer than
@@ -95,7 +100,7 @@ def measure_memory(path: str | Path, *, threads: int = 1, runs: int = RUNS, time
         raise ExportError(f"{target} is {'no file' if target.exists() else 'not there'}: give the file of an export")
     if runs < 1:
         raise ExportError(f"runs is {runs}, expected at least 1")
-    _package("onnxruntime")
+    package("onnxruntime")
     asked = {
         "path": str(target.absolute()),
         "trivial": base64.b64encode(_trivial()).decode(),
@@ -151,16 +156,9 @@ def _run(target: Path, asked: str, timeout: float) -> dict[str, Any]:
 
 def _trivial() -> bytes:
     """A model of one operation, which starts up whatever the runtime starts up for its first model."""
-    onnx = _package("onnx")
+    onnx = package("onnx")
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     images, logits = (helper.make_tensor_value_info(name, kind, [1, 3, 8, 8]) for name in ("images", "logits"))
     graph = helper.make_graph([helper.make_node("Relu", ["images"], ["logits"])], "trivial", [images], [logits])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     return bytes(model.SerializeToString())
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(f'ONNX needs the package {name!r} ({error}): pip install "kinprune[onnx]"') from error

@@ -71,7 +71,7 @@ class Runtime:
 ONNX_RUNTIME = Runtime(
     {
         "fp32": Overhead(2_750_000, 5_700, 0, copied=0, largest=4, spare=3, most_spare=5_000_000),
-        "fp16": Overhead(2_300_000, 8_400, 23_000, copied=5, largest=0, spare=0, most_spare=0),
+        "fp16": Overhead(1_000_000, 9_100, 6_000, copied=4, largest=4, spare=1, most_spare=2_000_000),
         "int8": Overhead(1_150_000, 10_600, 43_500, copied=0, largest=2, spare=3, most_spare=4_000_000),
     }
 )

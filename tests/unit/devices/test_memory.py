@@ -24,6 +24,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from kinprune.devices import memory, memory_process  # noqa: E402
+from kinprune.devices.halving import halve  # noqa: E402
 from kinprune.devices.memory import measure_memory, session_options  # noqa: E402
 from kinprune.devices.onnx import export_onnx  # noqa: E402
 from kinprune.errors import ExportError  # noqa: E402
@@ -59,46 +60,23 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Precisi
     @cache
     def make(name: str, precision: Precision) -> Path:
         path = folder / f"{name}-{precision}.onnx"
-        if precision == "fp32":
-            classes = [str(number) for number in range(7)]
-            preprocessing = Preprocessing((SIDE, SIDE))
-            return export_onnx(pruned(name)[0], path, classes=classes, preprocessing=preprocessing, check=False).path
-        whole = make(name, "fp32")
-        if precision == "fp16":
-            from onnxruntime.transformers.float16 import convert_float_to_float16
-
-            onnx.save(convert_float_to_float16(onnx.load(whole), keep_io_types=True), path)
-        else:
-            in_eight_bits(whole, path)
-        return path
+        if precision == "fp16":  # as an export does it, from the file that is there
+            model = onnx.load(make(name, "fp32"))
+            halve(model)
+            onnx.save(model, path)
+            return path
+        generator = torch.Generator().manual_seed(0)
+        return export_onnx(
+            pruned(name)[0],
+            path,
+            classes=[str(number) for number in range(7)],
+            preprocessing=Preprocessing((SIDE, SIDE)),
+            precision=precision,
+            calibration=torch.randint(0, 256, (2, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8),
+            check=False,
+        ).path
 
     return make
-
-
-def in_eight_bits(path: Path, target: Path) -> None:
-    """Weights of all layers but the classifier in eight bits, by a scale a channel."""
-    from onnxruntime import quantization
-
-    class Images(quantization.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            images = np.random.default_rng(0).standard_normal((1, 3, SIDE, SIDE), dtype=np.float32)
-            self.left = iter([{"images": images}])
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self.left, None)
-
-    quantization.quantize_static(
-        path,
-        target,
-        Images(),
-        quant_format=quantization.QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-        nodes_to_exclude=[onnx.load(path).graph.node[-1].name],
-        per_channel=True,
-        weight_type=quantization.QuantType.QInt8,
-        activation_type=quantization.QuantType.QUInt8,
-        extra_options={"MatMulConstBOnly": True},
-    )
 
 
 def stored_bytes(path: Path) -> int:
