@@ -74,9 +74,7 @@ def neighbour_weights(
     return np.asarray(weights / np.sort(weights).sum(), dtype=np.float64)
 
 
-def counts_for(
-    space: UnitSpace, budget: Budget, *, multiple: int = 1, costs: CostFunctions | None = None
-) -> Counts:
+def counts_for(space: UnitSpace, budget: Budget, *, multiple: int = 1, costs: CostFunctions | None = None) -> Counts:
     """How many units each group keeps under a budget, ``[g]``, when every group keeps the same share.
 
     ``select`` with allocation by layer never looks at scores for this: these are the counts of its mask, whatever the

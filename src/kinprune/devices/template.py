@@ -203,10 +203,17 @@ def _exports(
 def _canonical(file: Any) -> Any:
     """The file with names by place: exporters number what they make, and share constants that happen to be equal."""
     held = {tensor.name: tensor for tensor in file.graph.initializer}
-    renamed: dict[str, str] = {}
+    results = {output.name for output in file.graph.output}
+    renamed = {
+        name: f"v{number}_{place}"
+        for number, node in enumerate(file.graph.node)
+        for place, name in enumerate(node.output)
+        if name and name not in results
+    }
     tensors: list[Any] = []
     for number, node in enumerate(file.graph.node):
         node.name = f"n{number}"
+        node.output[:] = [renamed.get(name, name) for name in node.output]
         for place, name in enumerate(node.input):
             if name in held:  # shared by equal values only by chance: each use has its own
                 own = copy.deepcopy(held[name])
@@ -214,9 +221,6 @@ def _canonical(file: Any) -> Any:
                 tensors.append(own)
             else:
                 node.input[place] = renamed.get(name, name)
-        for place, name in enumerate(node.output):
-            if name and name not in (output.name for output in file.graph.output):
-                node.output[place] = renamed[name] = f"v{number}_{place}"
     del file.graph.initializer[:]
     file.graph.initializer.extend(tensors)
     return file
