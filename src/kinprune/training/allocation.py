@@ -12,24 +12,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def live_peak(compute: Callable[[], None], device: torch.device) -> int:
+def live_peak(compute: Callable[[], object]) -> int:
     """The most bytes that tensors made by ``compute`` take at one time; those that were there before do not count.
 
-    On the CPU every operation, those of the backward pass included, is seen with its outputs, and every storage
-    until it is freed: what autograd saves as well as what is passing. Memory that an operation takes inside itself
-    is not seen. On CUDA the caching allocator says. The same computation gives the same number.
+    Every operation is seen with its outputs, those of the backward pass included, and every storage until nothing
+    holds it: what autograd saves as well as what is passing. What an operation takes inside itself is not seen: a
+    convolution or matrix product is taken to lay out anew all that it reads and makes, as oneDNN does at worst. Tensors
+    of shapes alone (``FakeTensorMode``) count as those that they stand for.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        compute()
-        torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device)) - int(before)
     live = _Live()
     with live:
         compute()
     return live.peak
+
+
+_LAID_OUT = ("convolution", "linear", "mm", "attention")
+"""Parts of the names of operations that lay out their inputs and outputs in ways of their own."""
+
+
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    found = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return {storage._cdata: storage for storage in found}
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -46,13 +49,14 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
         # A result in place or a view lives in what was there before.
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = _storages((args, kwargs))
         result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in given:
-                    self.add(storage)
+        made = _storages(result)
+        for key in made.keys() - given.keys():
+            self.add(made[key])
+        if any(word in func.__name__ for word in _LAID_OUT):
+            inside = sum(storage.nbytes() for storage in {**given, **made}.values())
+            self.peak = max(self.peak, self.total + inside)
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:

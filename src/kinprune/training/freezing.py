@@ -15,10 +15,10 @@ from kinprune.evaluation import eval_mode
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What is frozen as one: a block, a layer outside of blocks, or parameters of the model's own."""
+    """What is frozen as one: a block, a layer outside of blocks, or parameters of the model's own; by their names."""
 
     name: str
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -44,23 +44,17 @@ def pieces(model: nn.Module, inputs: Tensor, blocks: Sequence[str]) -> list[Piec
             handle.remove()
     found = []
     for name in dict.fromkeys(order):
-        module, whole = model.get_submodule(name), name in blocks
-        own = {key: value for key, value in module.named_parameters(recurse=whole) if value.requires_grad}
-        if own:
-            found.append(Piece(name or "+".join(own), tuple(own.values())))
+        own = model.get_submodule(name).named_parameters(prefix=name, recurse=name in blocks)
+        trained = tuple(key for key, value in own if value.requires_grad)
+        if trained:
+            found.append(Piece(name or "+".join(trained), trained))
     return found
 
 
-def names_of(model: nn.Module, parts: Sequence[Piece]) -> set[str]:
-    """The names of the parameters of these pieces."""
-    chosen = {id(parameter) for piece in parts for parameter in piece.parameters}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
-
-
 @contextmanager
-def frozen(parts: Sequence[Piece]) -> Iterator[None]:
-    """These pieces take no gradient inside."""
-    chosen = [parameter for piece in parts for parameter in piece.parameters]
+def frozen(model: nn.Module, parts: Sequence[Piece]) -> Iterator[None]:
+    """These pieces of the model take no gradient inside."""
+    chosen = [model.get_parameter(name) for piece in parts for name in piece.parameters]
     for parameter in chosen:
         parameter.requires_grad_(False)
     try:

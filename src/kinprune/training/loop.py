@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
@@ -19,7 +19,7 @@ from kinprune.evaluation import device_of, lay_out, logits
 from kinprune.preprocessing import Preprocessing
 from kinprune.tasks import Split
 from kinprune.training.batches import batches, hold_back, shift_and_flip
-from kinprune.training.freezing import Piece, names_of
+from kinprune.training.freezing import Piece
 from kinprune.training.memory import COUNTED, JUDGED, MemoryPlan, TrainingMemory, arranged, remember
 from kinprune.training.needs import Needs
 from kinprune.training.planning import plan_memory
@@ -32,7 +32,7 @@ from kinprune.training.recipe import (
     resolve_precision,
     schedule,
 )
-from kinprune.training.resident import Watch, give_back_unused
+from kinprune.training.resident import Watch, give_back_unused, returned_at_once
 from kinprune.training.step import Lesson, learn, teach
 
 OnStep = Callable[[int, int, float], None]
@@ -135,7 +135,8 @@ def fine_tune(
     try:
         with _surroundings(run.lesson, torch.device(device)):
             run.prepare(memory_limit)
-            with arranged(run.plan, model, run.layers):
+            compact = returned_at_once() if run.plan.compact else nullcontext()
+            with arranged(run.plan, model, run.layers), compact:
                 run.go(on_step)
     except KeyboardInterrupt:
         stopped = True
@@ -194,6 +195,7 @@ class _Run:
         moments = 1 if self.optimiser == "sgd" else 2
         needs = Needs(self.lesson, self.train.images, self.plan.batch_size, moments, self.begin is not None)
         self.plan, self.layers = plan_memory(needs, limit), needs.layers
+        needs.warm_up(self.plan)
         self.watch = Watch(device_of(self.model))
 
     def go(self, on_step: OnStep | None) -> None:
@@ -201,6 +203,7 @@ class _Run:
             return
         self.keep(0)
         self.least = self.judge(0)
+        self.tidy()
         if self.begin is not None:
             _copy(self.model, self.begin)
         every = self.plan.norms_frozen or freezes_batch_norm(self.recipe, self.plan.batch_size)
@@ -238,8 +241,10 @@ class _Run:
             images = shift_and_flip(images, generator, flip=self.recipe.flip)
         labels = self.train.labels[indices].to(device_of(self.model))
         target = teach(self.lesson, images, self.plan.taught_at_once)
+        self.tidy()
         self.model.train()
         loss = learn(self.lesson, images, labels, target, self.plan.parts)
+        self.tidy()
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         optimiser.step()
@@ -268,14 +273,18 @@ class _Run:
         if calibrated < self.least:
             self.least = calibrated
             self.keep(step)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Under a limit, give back what the phase before took: its blocks would stay beside those of the next."""
         if self.watch is not None:
-            give_back_unused()  # blocks of judging, of other sizes than those of training, would stay beside them
+            give_back_unused()
 
     def keep(self, step: int) -> None:
         """Copy the model's state, over the one before: two at once would be too many where memory is short."""
         self.best_step, self.copying = step, True
-        left = [layer for layer in self.layers if layer.name in self.plan.frozen and self.begin is None]
-        unchanged = names_of(self.model, left)
+        still = [layer for layer in self.layers if layer.name in self.plan.frozen and self.begin is None]
+        unchanged = {name for layer in still for name in layer.parameters}
         for name, tensor in self.model.state_dict().items():
             if name in self.best_state:
                 self.best_state[name].copy_(tensor)

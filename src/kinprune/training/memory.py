@@ -22,8 +22,9 @@ class MemoryPlan:
     Every mini-batch of ``batch_size`` images goes through the model in ``parts``; the blocks ``recomputed`` are run
     again in the backward pass instead of kept; the layers ``frozen``, the earliest, are not trained. ``norms_frozen``
     says that batch norms are frozen because a part has too few images for statistics. The teacher answers
-    ``taught_at_once`` images at a time, and states are judged on ``judged_at_once``. ``predicted`` is the peak in
-    bytes under ``limit``; both are None where there is no limit.
+    ``taught_at_once`` images at a time, and states are judged on ``judged_at_once``. ``compact`` is to give every block
+    of memory back to the system as soon as it is free, which costs time. ``predicted`` is the peak in bytes under
+    ``limit``; both are None where there is no limit.
     """
 
     batch_size: int
@@ -33,6 +34,7 @@ class MemoryPlan:
     norms_frozen: bool = False
     taught_at_once: int = 0
     judged_at_once: int = JUDGED
+    compact: bool = False
     limit: int | None = None
     predicted: int | None = None
 
@@ -86,5 +88,5 @@ def remember(plan: MemoryPlan, peak: int | None) -> TrainingMemory | None:
 @contextmanager
 def arranged(plan: MemoryPlan, model: nn.Module, layers: Sequence[Piece]) -> Iterator[None]:
     """The model recomputes and freezes inside as the plan says; ``layers`` are its pieces."""
-    with frozen([layer for layer in layers if layer.name in plan.frozen]), recomputed(model, plan.recomputed):
+    with frozen(model, [layer for layer in layers if layer.name in plan.frozen]), recomputed(model, plan.recomputed):
         yield

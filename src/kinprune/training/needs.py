@@ -1,41 +1,44 @@
-"""What a fine-tuning needs: the peak of memory of a plan, counted on the model before any step."""
+"""What a fine-tuning needs: the peak of memory of a plan, foretold by shapes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kinprune.calibration import batch_norms, frozen_batch_norm, is_folded
+from kinprune.errors import TrainingError
 from kinprune.evaluation import device_of, eval_mode
 from kinprune.preprocessing import normalise
 from kinprune.training.allocation import live_peak
-from kinprune.training.freezing import Piece, names_of, pieces
+from kinprune.training.freezing import Piece, pieces
 from kinprune.training.memory import MemoryPlan, arranged
 from kinprune.training.recipe import freezes_batch_norm
 from kinprune.training.recomputation import blocks
-from kinprune.training.step import Lesson, learn, teach
+from kinprune.training.step import Lesson, learn_part, teach
+from kinprune.units.copies import copy_around
 
-PROBED = 32
-"""The most images of which memory is counted; beyond them it grows in a line."""
-MARGIN, ALLOWANCE = 1.15, 6 * 2**20
-"""What operations take inside themselves and what the C library cannot use again, as found by measurement (see
-benchmarks/training_memory.py): a share of the tensors, and bytes."""
+MARGIN, ALLOWANCE = 1.05, 24 * 2**20
+"""What is not seen in tensors, as found by measurement (see benchmarks/training_memory.py): a share of a pass, and the
+bytes of compiled kernels for shapes not met before and of small blocks that the C library keeps."""
+LOOSE_MARGIN, LOOSE_ALLOWANCE = 2.0, 40 * 2**20
+"""The same where free blocks are kept for later, as they are unless the plan is compact."""
 Phase = Literal["learn", "teach", "judge"]
 
 
 @dataclass(eq=False)
 class Needs:
-    """What a fine-tuning needs, counted on the model itself, which is left as it was.
+    """What a fine-tuning needs.
 
-    ``images`` are some of the training images, ``uint8 [n, 3, h, w]``, on which memory is counted; ``moments`` how many
-    numbers the optimiser keeps for a parameter; ``begun`` whether another state than the model's own is trained from,
-    so that layers that are not trained differ from the best state too.
+    ``images`` are some of the training images, ``uint8 [n, 3, h, w]``; ``moments`` how many numbers the optimiser
+    keeps for a parameter; ``begun`` whether another state than the model's own is trained from, so that layers that
+    are not trained differ from the best state too.
     """
 
     lesson: Lesson
@@ -43,11 +46,18 @@ class Needs:
     batch_size: int
     moments: int
     begun: bool
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     peaks: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
         return self.lesson.model
+
+    @cached_property
+    def shapes(self) -> Lesson:
+        """The lesson with a model and a teacher that have shapes and no numbers: a pass takes no memory."""
+        teacher = None if self.lesson.teacher is None else self.shaped(self.lesson.teacher)
+        return replace(self.lesson, model=self.shaped(self.model), teacher=teacher)
 
     @cached_property
     def layers(self) -> list[Piece]:
@@ -62,78 +72,93 @@ class Needs:
         return found if found and self.recomputes_exactly(found) else ()
 
     @cached_property
+    def folded(self) -> list[bool]:
+        """For each batch norm, whether it stays frozen whatever the recipe says."""
+        return [is_folded(norm) for norm in batch_norms(self.model)]
+
+    @cached_property
     def statistics(self) -> bool:
         """Whether batches' own statistics are trained on, and so may not be of too few images."""
-        counted = any(not is_folded(norm) for norm in batch_norms(self.model))
-        return counted and not freezes_batch_norm(self.lesson.recipe, self.batch_size)
-
-    def bytes_of(self, plan: MemoryPlan, phase: Phase) -> int:
-        """The peak of one phase of a plan."""
-        trained = [value.numel() * value.element_size() for value in self.trained(plan)]
-        mini_batch = 3 * self.batch_size * self.images[0].numel()  # drawn, moved about, and laid out again
-        size = self.kept(plan) + self.moments * sum(trained) + mini_batch
-        if phase == "judge":
-            size += self.pass_of(phase, plan, plan.judged_at_once)
-        elif phase == "teach" and self.lesson.teacher is not None:
-            size += self.pass_of(phase, plan, plan.taught_at_once)
-        elif phase == "learn":
-            # The optimiser's step makes some tensors of the size of a parameter.
-            size += sum(trained) + max(self.pass_of(phase, plan, plan.micro_batch), 3 * max(trained, default=0))
-        return int(MARGIN * size) + ALLOWANCE
+        return not all(self.folded) and not freezes_batch_norm(self.lesson.recipe, self.batch_size)
 
     def predict(self, plan: MemoryPlan) -> int:
-        """The peak of a plan: that of its worst phase."""
+        """The peak of a plan in bytes: that of its worst phase."""
         return max(self.bytes_of(plan, phase) for phase in ("judge", "teach", "learn"))
 
-    def kept(self, plan: MemoryPlan) -> int:
-        """The bytes of the best state."""
-        still = set() if self.begun else names_of(self.model, self.frozen(plan))
-        state = self.model.state_dict().items()
-        return sum(value.numel() * value.element_size() for name, value in state if name not in still)
-
-    def frozen(self, plan: MemoryPlan) -> list[Piece]:
-        return [layer for layer in self.layers if layer.name in plan.frozen]
-
-    def trained(self, plan: MemoryPlan) -> list[nn.Parameter]:
-        still = {id(value) for layer in self.frozen(plan) for value in layer.parameters}
-        return [value for value in self.model.parameters() if value.requires_grad and id(value) not in still]
+    def bytes_of(self, plan: MemoryPlan, phase: Phase) -> int:
+        """The peak of one phase of a plan: what rests between steps, and the phase's own."""
+        state = {name: size_of(value) for name, value in self.model.state_dict().items()}
+        still = {name for layer in self.layers if layer.name in plan.frozen for name in layer.parameters}
+        trained = [
+            state[name] for name, value in self.model.named_parameters() if value.requires_grad and name not in still
+        ]
+        best = sum(size for name, size in state.items() if self.begun or name not in still)
+        mini_batch = 3 * self.batch_size * self.images[0].numel()  # drawn, moved about, and laid out again
+        rest = best + self.moments * sum(trained) + mini_batch
+        if phase == "judge":
+            own = self.pass_of(phase, plan, plan.judged_at_once)
+        elif phase == "teach":
+            own = self.pass_of(phase, plan, plan.taught_at_once)
+        else:
+            rest += sum(trained)
+            # The optimiser's step makes a few tensors of the size of a parameter.
+            own = max(self.pass_of(phase, plan, plan.micro_batch), 3 * max(trained, default=0))
+        margin, allowance = (MARGIN, ALLOWANCE) if plan.compact else (LOOSE_MARGIN, LOOSE_ALLOWANCE)
+        return rest + int(margin * own) + allowance
 
     def pass_of(self, phase: Phase, plan: MemoryPlan, images: int) -> int:
-        """The peak of the tensors of a pass over so many images, above what rests."""
-        if phase == "learn" and not self.freezes(plan):
-            images = max(images, 2)  # a channel of one value has no statistics
-        if images <= PROBED:
-            return self.counted(phase, plan, images)
-        half, full = self.counted(phase, plan, PROBED // 2), self.counted(phase, plan, PROBED)
-        return full + (images - PROBED) * (full - half) // (PROBED - PROBED // 2)
+        """The bytes of tensors alive at the peak of a pass over so many images, above what rests.
 
-    def counted(self, phase: Phase, plan: MemoryPlan, images: int) -> int:
+        Raises TrainingError where the model cannot run by shapes alone.
+        """
+        if phase == "teach" and self.lesson.teacher is None:
+            return 0
         how = (plan.recomputed, plan.frozen, self.freezes(plan)) if phase == "learn" else ()
         key = (phase, images, *how)
         if key not in self.peaks:
-            some = self.images[torch.arange(images) % len(self.images)]
-            with as_it_was(self.model), arranged(plan, self.model, self.layers):
-                self.peaks[key] = self.count(phase, plan, some)
+            try:
+                self.peaks[key] = self.count(phase, plan, images)
+            except (RuntimeError, NotImplementedError, TypeError) as error:
+                raise TrainingError(
+                    f"the memory of a training step cannot be foretold, for the model does not run by shapes alone: "
+                    f"{str(error).splitlines()[0]}; leave out the limit of memory, or give the model a forward pass "
+                    "that does not depend on values"
+                ) from error
         return self.peaks[key]
 
-    def count(self, phase: Phase, plan: MemoryPlan, images: Tensor) -> int:
-        device = device_of(self.model)
-        if phase == "teach":
-            return live_peak(lambda: _drop(teach(self.lesson, images, len(images))), device)
-        if phase == "judge":
-            with eval_mode(self.model), torch.no_grad():
-                return live_peak(lambda: self.model(normalise(images.to(device), self.lesson.preprocessing)), device)
-        frozen = self.freezes(plan)
-        # Two images, for statistics need more than one value a channel; then gradients are there, as for later parts.
-        self.learn(images[:2], frozen)
-        return live_peak(lambda: self.learn(images, frozen), device)
+    def count(self, phase: Phase, plan: MemoryPlan, images: int) -> int:
+        lesson, model, _ = self.shapes, self.shapes.model, self.folded  # found before numbers are out of reach
+        device = device_of(model)
+        with self.mode:
+            some = torch.empty((images, *self.images.shape[1:]), dtype=torch.uint8)
+            if phase == "teach":
+                return live_peak(lambda: teach(lesson, some, images))
+            if phase == "judge":
+                with eval_mode(model), torch.no_grad():
+                    return live_peak(lambda: model(normalise(some.to(device), lesson.preprocessing)))
+            labels = torch.zeros(images, dtype=torch.int64, device=device)
+            with arranged(plan, model, self.layers), self.normed(model, plan):
+                for parameter in model.parameters():  # gradients are there already, as for all parts but the first
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+                return live_peak(lambda: learn_part(lesson, some, labels, None, 1))
 
-    def learn(self, images: Tensor, frozen: bool) -> None:
-        """A forward and a backward pass, as in training."""
-        self.model.train()
-        labels = torch.zeros(len(images), dtype=torch.int64, device=device_of(self.model))
-        with frozen_batch_norm(self.model, lambda norm: frozen or is_folded(norm)):
-            learn(self.lesson, images, labels, None, 1)
+    @contextmanager
+    def normed(self, model: nn.Module, plan: MemoryPlan) -> Iterator[None]:
+        """A copy of the model in training mode, its batch norms frozen as in training."""
+        every = self.freezes(plan)
+        pairs = zip(batch_norms(model), self.folded, strict=True)
+        fixed = {id(norm) for norm, folded in pairs if every or folded}
+        model.train()
+        with frozen_batch_norm(model, lambda norm: id(norm) in fixed):
+            yield
+
+    def shaped(self, model: nn.Module) -> nn.Module:
+        tensors: dict[int, Tensor] = {}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            shape = self.mode.from_tensor(tensor.detach())
+            trained = isinstance(tensor, nn.Parameter)
+            tensors[id(tensor)] = nn.Parameter(shape, requires_grad=tensor.requires_grad) if trained else shape
+        return copy_around(model, tensors)
 
     def freezes(self, plan: MemoryPlan) -> bool:
         """Whether batch norms are frozen."""
@@ -146,21 +171,34 @@ class Needs:
         """
         found = []
         for recomputed in ((), names):
-            plan = MemoryPlan(self.batch_size, recomputed=recomputed)
-            with as_it_was(self.model), arranged(plan, self.model, self.layers):
+            with as_it_was(self.model):
                 torch.manual_seed(0)
                 try:
-                    self.learn(self.images[torch.arange(2) % len(self.images)], self.freezes(plan))
+                    self.run(MemoryPlan(self.batch_size, recomputed=recomputed))
                 except RuntimeError:  # autograd itself found that something was written over
                     return False
-                gradients = [None if value.grad is None else value.grad for value in self.model.parameters()]
+                gradients = [value.grad for value in self.model.parameters()]
                 found.append((gradients, [buffer.clone() for buffer in self.model.buffers()]))
         (plain, buffers), (again, others) = found
         return all(map(_alike, plain, again)) and all(map(torch.equal, buffers, others))
 
+    def run(self, plan: MemoryPlan) -> None:
+        """Pass two images forwards and backwards, and let the teacher answer."""
+        images = self.images[torch.arange(2) % len(self.images)]
+        labels = torch.zeros(2, dtype=torch.int64, device=device_of(self.model))
+        target = teach(self.lesson, images, 2)
+        with arranged(plan, self.model, self.layers), self.normed(self.model, plan):
+            learn_part(self.lesson, images, labels, target, 1)
 
-def _drop(answers: Tensor | None) -> None:
-    """Nobody holds the answers after the pass."""
+    def warm_up(self, plan: MemoryPlan) -> None:
+        """Run once as the plan says, so that what libraries load on first use is there before anything is measured."""
+        with as_it_was(self.model):
+            self.run(plan)
+
+
+def size_of(tensor: Tensor) -> int:
+    """The bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
 
 
 def _alike(first: Tensor | None, second: Tensor | None) -> bool:

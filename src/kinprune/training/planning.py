@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 from kinprune.errors import TrainingError
 from kinprune.quantities import byte_count
@@ -21,7 +20,8 @@ of 16, while recomputation adds two fifths (ResNet-18, MobileNetV2 and ViT-tiny,
 def plan_memory(needs: Needs, limit: int) -> MemoryPlan:
     """How to stay under ``limit`` bytes.
 
-    In this order: the whole mini-batch at once; the largest part of it that fits, halved as often as needed;
+    In this order: the whole mini-batch at once, where it fits with room to spare, or with every block of memory given
+    back at once; the largest part of it that fits, halved as often as needed;
     recomputation of blocks; parts too small to be quick; the earliest layers not trained. Batch norm that trains on
     statistics keeps them, in parts of at least ``LEAST_BATCH`` images, with recomputation where it must, before it is
     frozen.
@@ -55,6 +55,7 @@ def _last(needs: Needs, limit: int | None) -> MemoryPlan:
         recomputed=needs.blocks,
         frozen=names,
         norms_frozen=needs.statistics,
+        compact=True,
         limit=limit,
     )
 
@@ -62,7 +63,9 @@ def _last(needs: Needs, limit: int | None) -> MemoryPlan:
 def _ways(needs: Needs, limit: int) -> Iterator[tuple[MemoryPlan, int]]:
     """Plans whose sizes are still open, least cost first, each with the fewest images that a part may have."""
     small = min(SLOW, needs.batch_size)
-    plain = MemoryPlan(needs.batch_size, limit=limit)
+    roomy = MemoryPlan(needs.batch_size, limit=limit)
+    yield roomy, needs.batch_size
+    plain = replace(roomy, compact=True)
     if needs.statistics:
         yield plain, LEAST_BATCH
         if needs.blocks:
@@ -92,26 +95,32 @@ def _freezing(needs: Needs, last: MemoryPlan, least: int) -> Iterator[tuple[Memo
 
 def _fitted(needs: Needs, plan: MemoryPlan, least: int, *, largest: bool = True) -> MemoryPlan | None:
     """The plan with the largest sizes that fit (of parts the smallest that may be, where not), or None."""
-    fitting = _fitting(needs, [replace(plan, parts=parts) for _, parts in _halved(plan.batch_size)], "learn")
-    allowed = (each for each in fitting if each.least_part >= least)
-    found = max(allowed, key=lambda each: each.micro_batch, default=None) if largest else next(allowed, None)
+    parts = [replace(plan, parts=parts) for parts in reversed(_halvings(plan.batch_size))]
+    parts = [each for each in parts if each.least_part >= least]
+    found = _largest(needs, parts if largest else parts[:1], "learn")
     if found is None:
         return None
-    judged = [replace(found, judged_at_once=size) for size, _ in _halved(JUDGED)]
-    found = max(_fitting(needs, judged, "judge"), key=lambda each: each.judged_at_once, default=None)
+    judged = [replace(found, judged_at_once=size) for size in _halvings(JUDGED)]
+    found = _largest(needs, judged, "judge")
     if found is None:
         return None
-    taught = [replace(found, taught_at_once=size) for size, _ in _halved(plan.batch_size)]
-    found = max(_fitting(needs, taught, "teach"), key=lambda each: each.taught_at_once, default=None)
+    taught = [replace(found, taught_at_once=size) for size in _halvings(plan.batch_size)]
+    found = _largest(needs, taught, "teach")
     return None if found is None else replace(found, predicted=needs.predict(found))
 
 
-def _halved(size: int) -> list[tuple[int, int]]:
-    """The sizes of the largest part of so many images, smallest first, in how many parts: 1, 2, 4, 8 ..."""
-    counts = [2**power for power in range(size.bit_length()) if 2**power < size] + [size]
-    return [(-(-size // parts), parts) for parts in reversed(counts)]
+def _halvings(size: int) -> list[int]:
+    """1, 2, 4, 8 ... and the size itself."""
+    return [*(2**power for power in range(size.bit_length()) if 2**power < size), size]
 
 
-def _fitting(needs: Needs, plans: Sequence[MemoryPlan], phase: Phase) -> Iterator[MemoryPlan]:
-    """Of plans that grow, those whose phase fits: the first that does not is the last that is tried."""
-    return takewhile(lambda plan: needs.bytes_of(plan, phase) <= (plan.limit or 0), plans)
+def _largest(needs: Needs, plans: Sequence[MemoryPlan], phase: Phase) -> MemoryPlan | None:
+    """Of plans that grow, the last whose phase fits."""
+
+    def too_large(plan: MemoryPlan) -> bool:
+        return needs.bytes_of(plan, phase) > (plan.limit or 0)
+
+    if plans and not too_large(plans[-1]):
+        return plans[-1]  # most often, and then nothing else need be counted
+    place = bisect_left(plans, True, hi=max(len(plans) - 1, 0), key=too_large)
+    return plans[place - 1] if place else None

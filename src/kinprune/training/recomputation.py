@@ -69,12 +69,13 @@ def _recomputing(module: nn.Module, forward: Callable[..., Any]) -> Callable[...
 
 @contextmanager
 def _uncounted(module: nn.Module) -> Iterator[None]:
-    """Batch norms that normalise by the batch's statistics, as before, and leave the running ones alone."""
+    """Batch norms that normalise by the batch's statistics, as before, and add nothing to the running ones."""
     norms = [norm for norm in batch_norms(module) if norm.training and norm.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -53,16 +53,20 @@ def learn(lesson: Lesson, images: Tensor, labels: Tensor, target: Tensor | None,
     total = 0.0
     targets: Sequence[Tensor | None] = [None] * parts if target is None else target.tensor_split(parts)
     for some, wanted, taught in zip(images.tensor_split(parts), labels.tensor_split(parts), targets, strict=True):
-        inputs = normalise(some.to(device_of(lesson.model)), lesson.preprocessing)
-        with lesson.autocast(cache=True):
-            outputs = lesson.model(inputs)
-        loss = _loss(outputs.float(), wanted, taught, lesson.recipe)
-        if parts > 1:
-            loss = loss * (len(some) / len(images))
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-        del inputs, outputs, loss  # not beside those of the next part
+        total += float(learn_part(lesson, some, wanted, taught, 1 if parts == 1 else len(some) / len(images)))
     return total
+
+
+def learn_part(lesson: Lesson, images: Tensor, labels: Tensor, target: Tensor | None, share: float) -> Tensor:
+    """Add ``share`` of the gradients of the mean loss over some images to those of the model; that loss, a scalar."""
+    inputs = normalise(images.to(device_of(lesson.model)), lesson.preprocessing)
+    with lesson.autocast(cache=True):
+        outputs = lesson.model(inputs)
+    loss = _loss(outputs.float(), labels, target, lesson.recipe)
+    if share != 1:
+        loss = loss * share
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def _loss(outputs: Tensor, labels: Tensor, target: Tensor | None, recipe: Recipe) -> Tensor:
