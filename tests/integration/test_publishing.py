@@ -109,8 +109,8 @@ def test_a_second_run_needs_leave_to_replace(family: Family, kinprune: Cli, tmp_
 def test_a_destination_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(ArtifactError, match=r"report\.html is there already"):
-        plan_destination(tmp_path, (0.5, 0.1))
-    assert plan_destination(tmp_path, (0.5, 0.1), overwrite=True).folders[1] == tmp_path / "keep-0.1"
+        plan_destination(tmp_path, ("keep-0.5", "keep-0.1"))
+    assert plan_destination(tmp_path, ("keep-0.5", "keep-0.1"), overwrite=True).folders[1] == tmp_path / "keep-0.1"
     monkeypatch.setattr("kinprune.devices.onnx.importlib.util.find_spec", lambda name: None)
     assert plan_destination(tmp_path / "new").onnx is False
     with pytest.raises(ExportError, match=r"pip install .kinprune\[onnx\]"):
