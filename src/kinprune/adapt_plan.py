@@ -31,7 +31,8 @@ class AdaptPlan:
     Where both are left open, the nearest neighbour's units with its own weights are tried too, and those of the one
     with the most classes. What is tried is tried on the smallest model in closed form, and the best answers to images
     that had no part in it decide for all sizes; a larger model takes the backbone's weights where these answer better.
-    ``distil`` lets the whole model teach the small one. ``recipe`` is the fine-tuning, and its seed the seed of
+    ``distil`` lets the whole model teach the small one. ``train_memory`` is the most bytes that fine-tuning may take,
+    above what was taken before it; None for no limit. ``recipe`` is the fine-tuning, and its seed the seed of
     everything.
     """
 
@@ -51,6 +52,7 @@ class AdaptPlan:
     head: HeadMethod = "ridge"
     score_images: int = 256
     score_batch: int = 64
+    train_memory: int | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
@@ -69,3 +71,5 @@ class AdaptPlan:
             raise BudgetError(f"the blend is {self.blend}, expected the share of the target's own scores, from 0 to 1")
         if self.multiple < 1:
             raise BudgetError(f"multiple is {self.multiple}, expected a whole number of at least 1")
+        if self.train_memory is not None and self.train_memory < 1:
+            raise BudgetError(f"train_memory is {self.train_memory}, expected a number of bytes above 0, or None")

@@ -20,18 +20,22 @@ from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
 from kinprune.devices.goal import Goal, plain_goal, reachable_goals
 from kinprune.devices.settling import settle, time_model, timed_here
-from kinprune.errors import BankError, BudgetError
+from kinprune.errors import BankError, BudgetError, TrainingError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
 from kinprune.importance import Scores, draw_batches, normalise, score
 from kinprune.inheritance import Donor, inherit
 from kinprune.kin import Neighbour, find_kin, rank_exactly
 from kinprune.pruning import OnStep, repair
+from kinprune.quantities import byte_count
 from kinprune.selection import Budget, Selection, select, select_family
 from kinprune.tasks import DecodedTask, Split
-from kinprune.training import TrainingResult, fine_tune, hold_back
+from kinprune.training import TrainingResult, fine_tune, hold_back, least_limit
 from kinprune.transferability import Target
 from kinprune.units import Costs, Mask, UnitSpace, extract
 from kinprune.voting import Ballot, ballot_mvp, ballot_ranking, ballot_smsp, neighbour_weights
+
+NEARLY = 0.9
+"""The share of what the least fine-tuning is foretold to take, by units of no merit, below which a limit is refused."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +151,26 @@ def check_goals(space: UnitSpace, budgets: Sequence[Budget | Goal], plan: AdaptP
         for place, one in enumerate(budgets)
     ]
     return reachable_goals(space, goals)
+
+
+def check_training_memory(backbone: Backbone, space: UnitSpace, goals: Sequence[Goal], plan: AdaptPlan) -> None:
+    """Refuse a limit of memory far below what fine-tuning can do with, before any work: units of no merit tell nearly.
+
+    What is near the limit, ``fine_tune`` decides on the model itself. Raises TrainingError.
+    """
+    if plan.train_memory is None or plan.recipe.steps == 0:
+        return
+    for goal in goals:
+        mask = select(space, np.zeros(len(space)), goal.budget, multiple=goal.multiple, costs=goal.costs).mask
+        small = extract(backbone.model, space, mask)
+        teacher = backbone.model if plan.distil else None
+        least = least_limit(small, teacher, backbone.preprocessing, plan.recipe)
+        if plan.train_memory < NEARLY * least:
+            raise TrainingError(
+                f"fine-tuning cannot stay below {byte_count(plan.train_memory)} of memory: even one image at a time, "
+                f"with the last layer alone trained, takes about {byte_count(least)}; expected a limit of at least "
+                "that: raise the limit, ask for a smaller model, or for no steps"
+            )
 
 
 @dataclass(frozen=True)
@@ -425,6 +449,7 @@ class _Work:
                 held_back=self.guard,
                 teacher=self.dense if self.plan.distil else None,
                 begin=closed.trainable,
+                memory_limit=self.plan.train_memory,
                 on_step=None
                 if self.on_step is None
                 else lambda step, of, _loss: self.on_step and self.on_step("fine-tuning", step, of),
@@ -456,6 +481,7 @@ def _begin(
     else:
         check_space(bank.header, space)
     goals = check_goals(space, budgets, plan)
+    check_training_memory(backbone, space, goals, plan)
     fit, guard = hold_back(task.train, plan.recipe.hold_back, plan.recipe.seed)
     dense = copy.deepcopy(backbone.model).to(device)
     lay_out(dense)

@@ -10,7 +10,7 @@ import numpy as np
 from kinprune.adaptation import Adapted, Sized
 from kinprune.artifact import Artifact
 from kinprune.bank import Accuracy, Record, record_key
-from kinprune.delivery import METRICS, make_artifact, plain, versions
+from kinprune.delivery import METRICS, make_artifact, plain, training_memory, versions
 from kinprune.importance import Scores, normalise, rank
 from kinprune.kin import Neighbour
 from kinprune.tasks import DecodedTask
@@ -40,6 +40,8 @@ def adapted_record(adapted: Adapted, sized: Sized, task: DecodedTask) -> Record:
     """
     space, ballot, kept = adapted.space, sized.ballot, sized.selection.mask.kept
     plan = plain({**asdict(adapted.plan), "budget": asdict(sized.budget)})
+    if plan["train_memory"] is None:
+        del plan["train_memory"]  # keys of before there were limits stay as they are
     return Record(
         key=record_key(task.digest, {"adapted": plan}),
         name=task.name,
@@ -116,6 +118,7 @@ def summarise_size(adapted: Adapted, sized: Sized) -> dict[str, Any]:
         "confusion": sized.final.confusion.tolist(),
         "inherited": sized.inherited,
         "reconstructed": sized.closed_form.reconstructed,
+        **training_memory(sized.training),
     }
 
 

@@ -17,6 +17,7 @@ from kinprune.artifact import Artifact
 from kinprune.backbones import Backbone
 from kinprune.pruning import Pruned
 from kinprune.tasks import DecodedTask
+from kinprune.training import TrainingResult
 from kinprune.units import Mask, UnitSpace, attributes_of
 
 
@@ -89,10 +90,16 @@ def summarise(pruned: Pruned) -> dict[str, Any]:
         "best_step": pruned.training.best_step,
         "stopped": pruned.training.stopped,
         "reconstructed": pruned.closed_form.reconstructed,
+        **training_memory(pruned.training),
         "seconds": pruned.seconds,
         "seed": pruned.plan.recipe.seed,
         "versions": versions(),
     }
+
+
+def training_memory(training: TrainingResult) -> dict[str, Any]:
+    """What a fine-tuning under a limit of memory was planned to take and took; nothing where there was no limit."""
+    return {} if training.memory is None else {"training_memory": plain(asdict(training.memory))}
 
 
 def versions() -> dict[str, str]:

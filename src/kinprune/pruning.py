@@ -113,14 +113,21 @@ class Pruned:
 
 
 def prune(
-    backbone: Backbone, task: DecodedTask, plan: Plan, *, device: str = "cpu", on_step: OnStep | None = None
+    backbone: Backbone,
+    task: DecodedTask,
+    plan: Plan,
+    *,
+    device: str = "cpu",
+    on_step: OnStep | None = None,
+    train_memory: int | None = None,
 ) -> Pruned:
     """Prune a backbone for one task under a plan; the backbone itself is not changed.
 
     The backbone must have been made for the task's number of classes. ``on_step(stage, step, steps)`` is called when
     a stage begins, with step 0, and after every training step; ``steps`` is 0 where a stage has none. Bad budgets are
     refused before anything is trained. Ctrl-C during the last fine-tuning keeps the best state so far
-    (``training.stopped``); earlier it ends the pruning.
+    (``training.stopped``); earlier it ends the pruning. ``train_memory`` is the ``memory_limit`` of every fine-tuning,
+    see ``fine_tune``.
 
     Raises:
         BackboneError: the backbone answers another number of classes.
@@ -135,6 +142,7 @@ def prune(
     with _stage(seconds, "units"):
         space = unit_space(backbone, plan, image_size=task.preprocessing.image_size)
     shrinking = _Shrinking.begin(backbone, task, plan, space, device, on_step)
+    shrinking.train_memory = train_memory
     with _stage(seconds, "dense"):
         shrinking.tell("whole model")
         probe = shrinking.solve_dense_head()
@@ -247,6 +255,7 @@ class _Shrinking:
     scores: Scores
     selection: Selection | None = None
     repair: ClosedForm | None = None
+    train_memory: int | None = None
 
     @classmethod
     def begin(
@@ -351,6 +360,7 @@ class _Shrinking:
             held_back=self.guard,
             teacher=self.teacher,
             begin=None if self.repair is None else self.repair.trainable,
+            memory_limit=self.train_memory,
             on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
         )
         if result.stopped and not interruptible:

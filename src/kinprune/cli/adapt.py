@@ -69,6 +69,7 @@ def adapt_command(
     optimiser: pruning.Optimiser = "auto",
     flip: pruning.Flip = False,
     distil: pruning.Distil = True,
+    train_memory: pruning.TrainMemory = None,
     onnx: own.Onnx = None,
     kin_data: own.KinData = None,
     overwrite: pruning.Overwrite = False,
@@ -91,7 +92,7 @@ def adapt_command(
         raise BudgetError(pruning.no_budget("--keep 0.1, --sizes 0.5,0.2,0.1"))
     begin(device, threads)
     from kinprune.adapt_plan import AdaptPlan
-    from kinprune.adaptation import adapt, check_goals
+    from kinprune.adaptation import adapt, check_goals, check_training_memory
     from kinprune.bank import open_bank
     from kinprune.bank.backbone import bank_space, load_bank_backbone
     from kinprune.publishing import plan_destination, publish, size_folders
@@ -116,6 +117,7 @@ def adapt_command(
         reconstruct=reconstruct,
         distil=distil,
         head=word(head),
+        train_memory=train_memory,
         recipe=recipe,
     )
     opened = open_bank(bank)
@@ -131,6 +133,7 @@ def adapt_command(
     whole = space.cost(space.whole_mask())
     budgets = [pruning.amounts_of(ratio, given, max_latency, whole) for ratio in (ratios or (keep,))]
     goals = check_goals(space, device_options.goals_for(space, budgets, on, wanted, plan), plan)
+    check_training_memory(backbone, space, goals, plan)
     say(f"{task.name}: {len(task.train):,} training and {len(task.test):,} test images of {len(task.classes)} classes")
     samples = _samples(opened, pictured, backbone.preprocessing)
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
@@ -228,4 +231,6 @@ def _remarks(sized: dict[str, Any]) -> list[str]:
     if sized.get("memory"):
         asked_bytes = byte_count(sized["budget"]["peak_memory_bytes"])
         lines.append(f"{name}: {byte_count(sized['memory']['peak_bytes'])} of memory measured, {asked_bytes} asked.")
+    if sized.get("training_memory"):
+        lines.append(f"{name}: {pruning.told_of_memory(sized['training_memory'])}")
     return lines

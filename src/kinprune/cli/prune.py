@@ -55,6 +55,7 @@ def prune_command(
     optimiser: own.Optimiser = "auto",
     flip: own.Flip = False,
     distil: own.Distil = True,
+    train_memory: own.TrainMemory = None,
     overwrite: own.Overwrite = False,
     json: shared.Json = False,
     seed: shared.Seed = 0,
@@ -114,7 +115,7 @@ def prune_command(
     say(f"{task.name}: {len(task.train):,} training and {len(task.test):,} test images of {len(task.classes)} classes")
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
     with stage_bar() as on_step:
-        pruned = prune(backbone, decoded, plan, device=device, on_step=on_step)
+        pruned = prune(backbone, decoded, plan, device=device, on_step=on_step, train_memory=train_memory)
     save(artifact_of(pruned, backbone, decoded), out, overwrite=overwrite)
     summary = {"out": str(out), "task": task.name, "model": model, "method": method, **summarise(pruned)}
     if json:
@@ -155,6 +156,9 @@ def _print(summary: dict[str, Any]) -> None:
     shown.print(table)
     if summary["note"]:
         shown.print(f"Note: {summary['note']}.")
+    if "training_memory" in summary:
+        told = own.told_of_memory(summary["training_memory"])
+        shown.print(f"{told[0].upper()}{told[1:]}")
     if summary["stopped"]:
         steps, best = len(summary["losses"]), summary["best_step"]
         shown.print(f"Stopped after {steps} steps; kept is the best model so far, of step {best}.")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kinprune.cli.options import BUDGET, PRUNING, RUNNING, TRAINING
-from kinprune.cli.values import Limit, between, limit, share, whole, word
+from kinprune.cli.values import Limit, between, byte_size, limit, share, whole, word
+from kinprune.quantities import byte_count, plural
 
 if TYPE_CHECKING:
     from kinprune.selection import Budget
@@ -190,6 +191,17 @@ Distil = Annotated[
         "--distil/--no-distil", rich_help_panel=TRAINING, help="Let the whole model's answers teach the pruned one."
     ),
 ]
+TrainMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--train-memory",
+        metavar="BYTES",
+        parser=byte_size,
+        rich_help_panel=TRAINING,
+        help="Most memory that fine-tuning may take on top of what is taken before it: 200MB. Parts of mini-batches, "
+        "recomputation and, last, fixed early layers keep it.",
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", rich_help_panel=RUNNING, help="Replace an artifact that is in --out already.")
 ]
@@ -246,3 +258,20 @@ def recipe_of(
         flip=flip,
         seed=seed,
     )
+
+
+def told_of_memory(memory: Mapping[str, Any]) -> str:
+    """One line of how a fine-tuning stayed under its limit of memory."""
+    peak = "not measured here" if memory["peak"] is None else f"{byte_count(memory['peak'])} taken"
+    images = memory["micro_batch"]
+    done = [
+        "mini-batches whole" if images == memory["batch_size"] else f"{plural(images, 'image')} at a time",
+        *([f"{plural(memory['recomputed'], 'block')} recomputed"] if memory["recomputed"] else []),
+        *(
+            [f"the first {plural(len(memory['frozen']), 'layer or block', 'layers or blocks')} not trained"]
+            if memory["frozen"]
+            else []
+        ),
+        *(["batch norms frozen"] if memory["norms_frozen"] else []),
+    ]
+    return f"training in {byte_count(memory['limit'])} of memory: {peak}; {', '.join(done)}."

@@ -117,6 +117,14 @@ def time(text: Any) -> float:
     return float(value)
 
 
+def byte_size(text: Any) -> int:
+    """A parser of absolute sizes in bytes: ``200000000``, ``200MB`` or ``190MiB``; shares have nothing to be of."""
+    found = limit("bytes")(text)
+    if found.percent or int(found.amount) < 1:
+        raise typer.BadParameter(f"'{text}', expected a number of bytes above 0 such as 200MB or 190MiB")
+    return int(found.amount)
+
+
 def word(text: str) -> Any:
     """A word of a fixed list, which the library checks: as what the library takes, for the type checker."""
     return text

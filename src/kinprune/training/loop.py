@@ -24,6 +24,7 @@ from kinprune.training.memory import COUNTED, JUDGED, MemoryPlan, TrainingMemory
 from kinprune.training.needs import Needs
 from kinprune.training.planning import plan_memory
 from kinprune.training.recipe import (
+    MOMENTS,
     Recipe,
     default_rate,
     freezes_batch_norm,
@@ -192,8 +193,8 @@ class _Run:
         """Plan how to stay below a limit of memory, and begin to measure."""
         if limit is None or self.recipe.steps == 0:
             return
-        moments = 1 if self.optimiser == "sgd" else 2
-        needs = Needs(self.lesson, self.train.images, self.plan.batch_size, moments, self.begin is not None)
+        begun = self.begin is not None
+        needs = Needs(self.lesson, self.train.images, self.plan.batch_size, MOMENTS[self.optimiser], begun)
         self.plan, self.layers = plan_memory(needs, limit), needs.layers
         needs.warm_up(self.plan)
         self.watch = Watch(device_of(self.model))

@@ -6,11 +6,17 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+from torch import nn
+
 from kinprune.errors import TrainingError
+from kinprune.evaluation import device_of
+from kinprune.preprocessing import Preprocessing
 from kinprune.quantities import byte_count
 from kinprune.training.memory import JUDGED, MemoryPlan
-from kinprune.training.needs import Needs, Phase
-from kinprune.training.recipe import LEAST_BATCH
+from kinprune.training.needs import Needs, Phase, as_it_was
+from kinprune.training.recipe import LEAST_BATCH, MOMENTS, Recipe, optimiser_name, resolve_precision
+from kinprune.training.step import Lesson
 
 SLOW = 8
 """Images below which passes are slow for their size: a mini-batch in parts of 4 takes twice the time of one in parts
@@ -29,11 +35,11 @@ def plan_memory(needs: Needs, limit: int) -> MemoryPlan:
     Raises:
         TrainingError: nothing fits; the message names the smallest limit that something fits in.
     """
-    for plan, least in _ways(needs, limit):
-        found = _fitted(needs, plan, least)
-        if found is not None:
-            return found
     smallest = least_memory(needs)
+    found = (_fitted(needs, plan, least) for plan, least in _ways(needs, limit) if smallest <= limit)
+    plan = next((plan for plan in found if plan is not None), None)
+    if plan is not None:
+        return plan
     raise TrainingError(
         f"fine-tuning cannot stay below {byte_count(limit)} of memory: with one image at a time, every block "
         f"recomputed and only the last layer trained it is predicted to take {smallest:,} bytes; expected a limit of "
@@ -45,6 +51,18 @@ def least_memory(needs: Needs) -> int:
     """The smallest limit in bytes that a plan can be made for."""
     plan = replace(_last(needs, None), parts=needs.batch_size, taught_at_once=1, judged_at_once=1)
     return needs.predict(plan)
+
+
+def least_limit(model: nn.Module, teacher: nn.Module | None, preprocessing: Preprocessing, recipe: Recipe) -> int:
+    """The smallest limit of memory in bytes under which ``fine_tune`` trains a model, for any images; no step is made.
+
+    The model and its teacher are where they are to be trained.
+    """
+    lesson = Lesson(model, teacher, preprocessing, recipe, resolve_precision(recipe, device_of(model)))
+    images = torch.zeros(1, 3, *preprocessing.image_size, dtype=torch.uint8)
+    moments = MOMENTS[optimiser_name(model, recipe)]
+    with as_it_was(model):
+        return least_memory(Needs(lesson, images, recipe.batch_size, moments, begun=False))
 
 
 def _last(needs: Needs, limit: int | None) -> MemoryPlan:

@@ -27,6 +27,9 @@ MOST_RATES = {"sgd": 0.1, "adamw": 5e-4}
 good what they break: with fewer steps the rate is smaller, down to this share. With more, either's grows with their
 root, up to these."""
 
+MOMENTS = {"sgd": 1, "adamw": 2}
+"""Numbers that an optimiser keeps for each parameter."""
+
 LEAST_BATCH = 16
 """Images below which a mini-batch's own statistics are too noisy to train on."""
 
