@@ -210,7 +210,7 @@ def test_the_same_seed_gives_the_same_artifact_bit_for_bit(
         (["--max-params", "70%"], {"parameters": 0.7}),
         (["--max-macs", "55%"], {"macs": 0.55}),
         (["--max-weights", "900kB"], {"weight_bytes": 900_000}),
-        (["--max-memory", "5MB"], {"peak_memory_bytes": 5_000_000}),
+        (["--max-memory", "4MB"], {"peak_memory_bytes": 4_000_000}),
         (["--max-params", "0.25M", "--max-macs", "60%"], {"parameters": 250_000, "macs": 0.6}),
     ],
 )

@@ -26,7 +26,8 @@ class Overhead:
     ``fixed`` for any model (pages of the kernels' code, the session); ``operation`` for each operation that touches
     the images, ``product`` for each that multiplies and accumulates besides; ``copied`` for each element of the weights
     of convolutions and matrix products, which are there in a second form; ``largest`` for each element of the largest
-    of them, while it is read. Blocks for activations have up to ``spare`` times what is alive in them unused, but no
+    of them, while it is read. Loading leaves the heap in pieces: half of the weights' bytes again, but no more than
+    ``most_loose``. Blocks for activations have up to ``spare`` times what is alive in them unused, but no
     more than ``most_spare``.
     """
 
@@ -37,6 +38,7 @@ class Overhead:
     largest: int
     spare: int
     most_spare: int
+    most_loose: int
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,44 @@ class Runtime:
         own = self.overheads[precision]
         loading = own.largest * matrices.max(axis=1, initial=0)
         running = live + np.minimum(own.spare * live, own.most_spare)
-        kept = (
-            weights
-            + own.copied * matrices.sum(axis=1)
-            + own.fixed
-            + own.operation * operations
-            + own.product * products
-        )
+        graph = own.fixed + own.operation * operations + own.product * products
+        kept = weights + np.minimum(weights // 2, own.most_loose) + own.copied * matrices.sum(axis=1) + graph
         # What loading needs for a moment is gone when activations are made.
         return np.asarray(kept + np.maximum(loading, running), dtype=np.int64)
 
 
 ONNX_RUNTIME = Runtime(
     {
-        "fp32": Overhead(2_750_000, 5_700, 0, copied=0, largest=4, spare=3, most_spare=5_000_000),
-        "fp16": Overhead(1_000_000, 9_100, 6_000, copied=4, largest=10, spare=1, most_spare=2_000_000),
-        "int8": Overhead(1_750_000, 10_600, 43_500, copied=0, largest=2, spare=3, most_spare=4_000_000),
+        "fp32": Overhead(
+            fixed=1_100_000,
+            operation=6_400,
+            product=0,
+            copied=0,
+            largest=4,
+            spare=3,
+            most_spare=4_000_000,
+            most_loose=2_000_000,
+        ),
+        "fp16": Overhead(
+            fixed=1_000_000,
+            operation=9_100,
+            product=6_000,
+            copied=4,
+            largest=10,
+            spare=1,
+            most_spare=2_000_000,
+            most_loose=0,
+        ),
+        "int8": Overhead(
+            fixed=1_750_000,
+            operation=10_600,
+            product=43_500,
+            copied=0,
+            largest=2,
+            spare=3,
+            most_spare=4_000_000,
+            most_loose=0,
+        ),
     }
 )
 """ONNX Runtime on a CPU, with the options of ``devices.memory.session_options(low_memory=True)``.
@@ -82,5 +106,5 @@ pixels, exceeds: with versions 1.20 and 1.32, on x86 and with one thread, to whi
 nearest for large models, and up to 1.9 times what is measured for small ones.
 """
 
-NO_RUNTIME = Runtime({precision: Overhead(0, 0, 0, 0, 0, 0, 0) for precision in PRECISIONS})
+NO_RUNTIME = Runtime({precision: Overhead(0, 0, 0, 0, 0, 0, 0, 0) for precision in PRECISIONS})
 """Weights and live activations alone: what no runtime can go below."""
