@@ -33,14 +33,18 @@ class Agreement:
 
 
 def calibration_images(given: Tensor | None, expected: Preprocessing) -> NDArray[np.uint8]:
-    """Up to ``MOST`` of the images given, evenly spaced: they mostly come class by class. Raises ExportError."""
+    """Up to ``MOST`` of the images given, evenly spaced and shuffled: they mostly come class by class.
+
+    Raises ExportError where there are none, or they are of another type or size than the model takes.
+    """
     if given is None:
         raise ExportError(
             "int8 needs images to calibrate on, and none are given: give some of the training images, of all classes"
         )
     images = given.detach().cpu().numpy()
     check_images(images, expected, 1)
-    return np.ascontiguousarray(images[np.linspace(0, len(images) - 1, min(MOST, len(images))).round().astype(int)])
+    chosen = np.linspace(0, len(images) - 1, min(MOST, len(images))).round().astype(int)
+    return np.ascontiguousarray(images[np.random.default_rng(0).permutation(chosen)])
 
 
 def agreement(found: NDArray[np.float32], expected: NDArray[np.float32]) -> Agreement:

@@ -16,6 +16,7 @@ class Graph:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.nodes: tuple[Any, ...] = tuple(model.graph.node)
+        self.answers = {value.name for value in model.graph.output}
         self.maker = {name: node for node in self.nodes for name in node.output}
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self._readers: dict[str, list[Any]] = {}

@@ -65,7 +65,7 @@ OPSET = 20
 
 OLDEST_OPSET = 18  # PyTorch translates to this one or newer
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
-"""What is accepted of fp16 is a tenfold of what rounding all weights to 11 bits moves the logits of real models."""
+"""Rounding all weights to 11 bits moves the logits of a pruned MobileNetV2 by up to 8e-3, of others by 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class OnnxExport:
     ``bytes`` is the size of all its files. ``max_difference`` is the greatest difference of a logit from PyTorch's, in
     parts of the greatest logit where that is above 1; None if unchecked. ``runtime`` is ONNX Runtime's version.
     ``agreement`` says how alike an int8 file and the model answer the calibration images, None for other precisions;
-    ``in_float`` names the layers that are not in int8.
+    ``in_float`` names the layers that are not in int8 because too much was lost there.
     """
 
     path: Path

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from kinprune.devices.graph import Graph
 from kinprune.devices.ranges import RANGES, Histogram, Range, channel_means, choose_range, histograms
 from kinprune.devices.rounding import channel_axes, correct_biases
 from kinprune.devices.runtime import answers, package, session_of
+from kinprune.devices.smoothing import smooth
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 BETWEEN = ("Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "MaxPool", "Relu")
 """What runs in eight bits between the layers of a CNN, so that numbers need not be converted back and forth."""
 ACTIVATIONS = ("Clip", "Relu")
 WITHOUT_SEARCH = "most"
-NEAR = 0.08
+NEAR = 0.05
 """How far eight bits may move the logits, in parts of their standard deviation, before layers stay in float."""
 MOST_IN_FLOAT = 0.2
 """The greatest share of inputs of layers that do."""
@@ -38,7 +39,7 @@ PROBED = 16
 
 @dataclass(frozen=True)
 class Quantised:
-    """An ONNX model in eight bits, its logits on the calibration images, and the layers that stay in float."""
+    """An ONNX model in eight bits, its logits on the calibration images, and layers that stay in float for accuracy."""
 
     model: Any
     logits: NDArray[np.float32]
@@ -47,10 +48,11 @@ class Quantised:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What to quantise: the kinds of nodes, the nodes that are left out, and the range of each tensor."""
+    """What to quantise: the kinds of nodes, the nodes that are left out, and means and ranges of tensors."""
 
     kinds: tuple[str, ...]
     left_out: tuple[str, ...]
+    means: Mapping[str, NDArray[np.float64]]
     ranges: Mapping[str, Range]
 
 
@@ -78,21 +80,23 @@ def quantise(
         package("onnxruntime.quantization").quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         model = package("onnx").load(prepared)
     graph = Graph(model)
+    smooth(graph, batches)
     layers = _layers(graph)
     norms = any(node.op_type == "LayerNormalization" for node in graph.nodes)
     kinds = LAYERS if norms else (*LAYERS, *BETWEEN)
     tensors = [name for node in graph.nodes if node.op_type in kinds for name in (*node.input, *node.output)]
     seen = histograms(model, tuple(dict.fromkeys(tensors)), batches)
-    correct_biases(graph, layers, channel_means(model, channel_axes(layers), batches))
-    left_out = tuple(_classifier(graph))
+    means = channel_means(model, channel_axes(layers), batches)
+    quantised = {layer.name for layer in layers}
+    left_out = tuple(node.name for node in graph.nodes if node.op_type in LAYERS and node.name not in quantised)
     recipes = [
-        _Recipe(kinds, left_out, _saturating(graph, {name: choose_range(h, how) for name, h in seen.items()}))
+        _Recipe(kinds, left_out, means, _saturating(graph, {name: choose_range(h, how) for name, h in seen.items()}))
         for how in (RANGES if search else (WITHOUT_SEARCH,))
     ]
     best = min((_try(model, recipe, batches, expected) for recipe in recipes), key=lambda each: each.distance)
     if search and kinds == LAYERS and best.distance > NEAR:
         best = _spare(model, layers, best, seen, batches, expected)
-    in_float = tuple(node.name for node in graph.nodes if node.op_type in LAYERS and node.name in best.recipe.left_out)
+    in_float = tuple(layer.name for layer in layers if layer.name in best.recipe.left_out)
     return Quantised(best.model, best.logits, in_float)
 
 
@@ -107,7 +111,7 @@ def _layers(graph: Graph) -> list[Any]:
 
 
 def _classifier(graph: Graph) -> list[str]:
-    """The nodes from the last layers on, by which the logits are made."""
+    """The nodes from the last layers on, by which the logits are made: what follows a layer is none of ``LAYERS``."""
     open_names = [value.name for value in graph.model.graph.output]
     found: list[str] = []
     while open_names:
@@ -149,7 +153,8 @@ def _spare(
 
     def effect(tensor: str, tried: Range) -> float:
         others = (layer.name for layer in layers if layer.input[0] != tensor)
-        alone = _Recipe(recipe.kinds, (*recipe.left_out, *others), {**recipe.ranges, tensor: tried})
+        ranges = {**recipe.ranges, tensor: tried}
+        alone = replace(recipe, left_out=(*recipe.left_out, *others), ranges=ranges)
         return _try(model, alone, probed, wanted).distance
 
     inputs = [name for name in dict.fromkeys(layer.input[0] for layer in layers) if name in seen]
@@ -163,7 +168,7 @@ def _spare(
     best = start
     for count in range(len(worst) + 1):
         spared = tuple(layer.name for layer in layers if layer.input[0] in worst[:count])
-        tried = _try(model, _Recipe(recipe.kinds, (*recipe.left_out, *spared), ranges), batches, expected)
+        tried = _try(model, replace(recipe, left_out=(*recipe.left_out, *spared), ranges=ranges), batches, expected)
         best = min(best, tried, key=lambda each: each.distance)
         if best.distance <= NEAR:
             break
@@ -181,6 +186,9 @@ def _insert(model: Any, recipe: _Recipe) -> Any:
     quantization = package("onnxruntime.quantization")
     copied = package("onnx").ModelProto()
     copied.CopyFrom(model)
+    graph = Graph(copied)
+    # A layer that stays in float has the weights that its bias was made for.
+    correct_biases(graph, [layer for layer in _layers(graph) if layer.name not in recipe.left_out], recipe.means)
     limits = {
         name: quantization.TensorData(lowest=np.float32(low), highest=np.float32(high))
         for name, (low, high) in recipe.ranges.items()
@@ -195,10 +203,7 @@ def _insert(model: Any, recipe: _Recipe) -> Any:
         [],
         list(recipe.left_out),
         list(recipe.kinds),
-        {
-            "MatMulConstBOnly": True,
-            "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"] if recipe.kinds == LAYERS else [],
-        },
+        {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"] if recipe.kinds == LAYERS else []},
     )
     quantiser.quantize_model()
     return quantiser.model.model

@@ -43,6 +43,17 @@ def channel_means(
     return {name: total / counts[name] for name, total in sums.items()}
 
 
+def channel_peaks(
+    model: Any, axes: Mapping[str, int], batches: Sequence[NDArray[np.float32]]
+) -> dict[str, NDArray[np.float32]]:
+    """The greatest magnitude of each channel of the tensors named, whose channels lie on the axis given."""
+    found: dict[str, NDArray[np.float32]] = {}
+    for name, values in _observe(model, tuple(axes), batches):
+        peaks = np.abs(np.moveaxis(values, axes[name], 0)).reshape(values.shape[axes[name]], -1).max(axis=1)
+        found[name] = np.maximum(found[name], peaks) if name in found else peaks
+    return found
+
+
 def histograms(model: Any, tensors: Sequence[str], batches: Sequence[NDArray[np.float32]]) -> dict[str, Histogram]:
     """The values of the tensors named, over all batches; two passes, for the limits and for the counts."""
     limits: dict[str, Range] = {}
