@@ -24,6 +24,7 @@ from kinprune.evaluation import device_of, eval_mode
 
 TENSORS, DESCRIPTION, README = "model.safetensors", "kinprune.json", "README.md"
 EXPORTED, REPORT, RECORD = "model.onnx", "report.html", "record.safetensors"
+PROGRAMS = ("model.pte", "model.pt2")
 """What others put beside the model; it is of the old model, so it goes when that is overwritten."""
 AGREEMENT = 1e-3
 """Of the greatest logit. What is wrong is far above; another memory format or device is far below."""
@@ -45,7 +46,7 @@ def check_destination(directory: str | Path, *, overwrite: bool = False) -> None
         raise ArtifactError(f"{target} has files in it and is no artifact: choose a new or empty directory")
     if names and not overwrite:
         raise ArtifactError(f"{target} already holds an artifact: choose another directory, or --overwrite it")
-    others = sorted(names - {TENSORS, DESCRIPTION, README, EXPORTED, REPORT, RECORD})
+    others = sorted(names - {TENSORS, DESCRIPTION, README, EXPORTED, REPORT, RECORD, *PROGRAMS})
     if others:  # they would go with the directory
         raise ArtifactError(
             f"{target} holds more than an artifact ({', '.join(others[:3])}): move that elsewhere first"

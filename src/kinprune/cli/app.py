@@ -9,12 +9,13 @@ import typer
 from kinprune.cli.adapt import adapt_command
 from kinprune.cli.bank import bank_app
 from kinprune.cli.device import device_app
+from kinprune.cli.export import export_command
 from kinprune.cli.help import Sectioned
 from kinprune.cli.kin import kin_command
 from kinprune.cli.overlap import overlap_command
 from kinprune.cli.prune import prune_command
 from kinprune.cli.units import units_command
-from kinprune.cli.use import eval_command, export_command, predict_command
+from kinprune.cli.use import eval_command, predict_command
 
 app = typer.Typer(
     name="kinprune",

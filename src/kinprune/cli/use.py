@@ -1,8 +1,8 @@
-"""``kinprune eval``, ``predict`` and ``export``: what one does with an artifact."""
+"""``kinprune eval`` and ``predict``: what one does with an artifact, or with a file that it was exported to."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,23 +18,33 @@ from kinprune.cli.options import (
     Seed,
     TestFraction,
     Threads,
-    Tolerance,
 )
-from kinprune.cli.output import console, say
+from kinprune.cli.output import console
 from kinprune.cli.running import begin, guarded
 from kinprune.cli.values import whole
 from kinprune.errors import ExportError, TaskError
-from kinprune.quantities import byte_count
 
 if TYPE_CHECKING:
-    from kinprune.evaluation import Evaluation
+    import numpy as np
+    from numpy.typing import NDArray
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's directory, as prune wrote it.")]
+    from kinprune.evaluation import Evaluation
+    from kinprune.preprocessing import Preprocessing
+
+    Ask = Callable[[list[Path], int], tuple[tuple[str, ...], NDArray[np.float32]]]
+
+Target = Annotated[
+    Path,
+    typer.Argument(
+        metavar="TARGET",
+        help="An artifact's directory, as prune wrote it, or a file of export: .onnx, .pte or .pt2.",
+    ),
+]
 
 
 @guarded
 def eval_command(
-    directory: Directory,
+    target: Target,
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Labelled images, as for prune; their test part is measured on.")
     ],
@@ -47,30 +57,38 @@ def eval_command(
     device: Device = "cpu",
     threads: Threads = None,
 ) -> dict[str, Any] | None:
-    """Measure an artifact's accuracy on a task's test images.
+    """Measure the accuracy of an artifact, or of an exported file, on a task's test images.
 
     The classes are the artifact's own. Where the data have no test part, give the --seed and --test-fraction that the
     artifact was made with, or training images are among those tested.
     """
+    exported = _is_exported(target)
+    if exported:
+        _check_exported(device)
     begin(device, threads)
     from kinprune.artifact import load
+    from kinprune.devices import evaluate_exported, open_exported
     from kinprune.evaluation import evaluate
     from kinprune.tasks import decode, load_task
 
-    artifact = load(directory)
+    artifact = None if exported else load(target)
+    known = open_exported(target).metadata if artifact is None else artifact
     task = load_task(
         data,
-        classes=list(artifact.classes),
+        classes=list(known.classes),
         test_fraction=test_fraction,
         seed=seed,
         image_column=image_column,
         label_column=label_column,
     )
-    decoded = decode(task, artifact.preprocessing, progress=True, threads=threads)
-    found = evaluate(artifact.model, decoded.test, artifact.preprocessing, batch_size=batch_size, device=device)
+    decoded = decode(task, known.preprocessing, progress=True, threads=threads)
+    if artifact is None:
+        found = evaluate_exported(target, decoded.test, batch_size=batch_size, threads=threads)
+    else:
+        found = evaluate(artifact.model, decoded.test, artifact.preprocessing, batch_size=batch_size, device=device)
     if json:
-        return {"artifact": str(directory), "task": task.name, "classes": list(artifact.classes), **found.to_json()}
-    _print_evaluation(artifact.classes, found)
+        return {"artifact": str(target), "task": task.name, "classes": list(known.classes), **found.to_json()}
+    _print_evaluation(known.classes, found)
     return None
 
 
@@ -94,7 +112,7 @@ def _print_evaluation(classes: tuple[str, ...], found: Evaluation) -> None:
 
 @guarded
 def predict_command(
-    directory: Directory,
+    target: Target,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")],
     top: Annotated[
         int,
@@ -112,76 +130,93 @@ def predict_command(
     device: Device = "cpu",
     threads: Threads = None,
 ) -> dict[str, Any] | None:
-    """Say which class images are of, with its probability."""
+    """Say which class images are of, with its probability.
+
+    An .onnx file needs ONNX Runtime alone, without PyTorch.
+    """
+    import numpy as np
+
+    paths = _listed(images)
+    ask = _exported(target, device, threads) if _is_exported(target) else _artifact(target, device, threads)
+    classes, probabilities = ask(paths, batch_size)
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+    answers = [
+        {
+            "image": str(path),
+            "classes": [{"name": classes[place], "probability": round(float(row[place]), 6)} for place in places],
+        }
+        for path, row, places in zip(paths, probabilities, best.tolist(), strict=True)
+    ]
+    if json:
+        return {"artifact": str(target), "predictions": answers}
+    for answer in answers:
+        named: Any = answer["classes"]
+        listed = ", ".join(f"{found['name']} ({found['probability']:.1%})" for found in named)
+        typer.echo(f"{answer['image']}: {listed}")
+    return None
+
+
+def _listed(images: list[Path]) -> list[Path]:
+    from kinprune.tasks import list_images
+
+    paths = [path for given in images for path in (list_images(given) if given.is_dir() else [given])]
+    if not paths:
+        raise TaskError(f"there is no image in {', '.join(map(str, images))}: give image files or folders with some")
+    return paths
+
+
+def _artifact(target: Path, device: str, threads: int | None) -> Ask:
     begin(device, threads)
     import torch
 
     from kinprune.artifact import load
     from kinprune.evaluation import predict
+
+    artifact = load(target)
+
+    def ask(paths: list[Path], batch_size: int) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+        pixels = torch.from_numpy(_pixels(paths, artifact.preprocessing))
+        found = predict(artifact.model, pixels, artifact.preprocessing, batch_size=batch_size, device=device)
+        return artifact.classes, found.numpy()
+
+    return ask
+
+
+def _exported(target: Path, device: str, threads: int | None) -> Ask:
+    from kinprune.devices.exported import open_exported
+
+    _check_exported(device)
+    if target.suffix != ".onnx":
+        begin(device, threads)
+    exported = open_exported(target, threads=threads)
+
+    def ask(paths: list[Path], batch_size: int) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+        import numpy as np
+
+        logits = exported.logits(_pixels(paths, exported.metadata.preprocessing), batch_size=batch_size)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exported.metadata.classes, odds / odds.sum(axis=1, keepdims=True)
+
+    return ask
+
+
+def _pixels(paths: list[Path], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decoded images, ``uint8 [n, 3, h, w]``."""
+    import numpy as np
+
     from kinprune.progress import track
-    from kinprune.tasks import decode_image, list_images
+    from kinprune.tasks.pixels import decode_pixels
 
-    artifact = load(directory)
-    paths = [path for given in images for path in (list_images(given) if given.is_dir() else [given])]
-    if not paths:
-        raise TaskError(f"there is no image in {', '.join(map(str, images))}: give image files or folders with some")
-    decoded = torch.stack([decode_image(path, artifact.preprocessing) for path in track(paths, "reading images")])
-    probabilities = predict(artifact.model, decoded, artifact.preprocessing, batch_size=batch_size, device=device)
-    best = probabilities.topk(min(top, len(artifact.classes)), dim=1)
-    answers = [
-        {
-            "image": str(path),
-            "classes": [
-                {"name": artifact.classes[place], "probability": round(value, 6)}
-                for value, place in zip(values, places, strict=True)
-            ],
-        }
-        for path, values, places in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-    if json:
-        return {"artifact": str(directory), "predictions": answers}
-    for answer in answers:
-        classes: Any = answer["classes"]
-        listed = ", ".join(f"{found['name']} ({found['probability']:.1%})" for found in classes)
-        typer.echo(f"{answer['image']}: {listed}")
-    return None
+    found = [decode_pixels(path, preprocessing, str(path)) for path in track(paths, "reading images")]
+    return np.ascontiguousarray(np.stack(found).transpose(0, 3, 1, 2))
 
 
-@guarded
-def export_command(
-    directory: Directory,
-    format: Annotated[
-        str, typer.Option("--format", metavar="NAME", rich_help_panel=RUNNING, help="The format: onnx.")
-    ] = "onnx",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="FILE", rich_help_panel=RUNNING, help="File to write. [default: model.onnx in DIR]"
-        ),
-    ] = None,
-    tolerance: Tolerance = 1e-4,
-    json: Json = False,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    threads: Threads = None,
-) -> dict[str, Any] | None:
-    """Write an artifact as ONNX, checked in ONNX Runtime.
+def _is_exported(target: Path) -> bool:
+    from kinprune.devices.exported import is_exported
 
-    The file takes batches of any size and knows its classes and preprocessing. It is only kept if ONNX Runtime gives
-    the same logits as PyTorch.
-    """
-    if format != "onnx":
-        raise ExportError(f"there is no export format '{format}', expected onnx")
-    begin(device, threads)
-    from kinprune.artifact import load
-    from kinprune.devices import export_onnx
+    return is_exported(target)
 
-    artifact = load(directory)
-    path = directory / "model.onnx" if out is None else out
-    say(f"exporting {artifact.spec.name} to {path}")
-    found = export_onnx(artifact, path, tolerance=tolerance, seed=seed)
-    if json:
-        return {"artifact": str(directory), "format": format, **asdict(found), "path": str(found.path)}
-    close = f"logits within {found.max_difference:.1e} of PyTorch's"
-    typer.echo(f"{path}: {byte_count(found.bytes)}, opset {found.opset}, {close}")
-    return None
+
+def _check_exported(device: str) -> None:
+    if device != "cpu":
+        raise ExportError(f"an exported file runs on the CPU, not on '{device}': leave out --device")

@@ -8,16 +8,18 @@ import struct
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from kinprune.errors import TaskError
 from kinprune.preprocessing import Preprocessing
 from kinprune.tasks.task import Payload
+
+if TYPE_CHECKING:  # an exported model is used where there is no PyTorch
+    from torch import Tensor
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # none that starts another program, as EPS does
 _RESAMPLING = {
@@ -45,6 +47,8 @@ def decode_image(image: str | Payload, preprocessing: Preprocessing, *, where: s
     messages. It is turned upright (EXIF), made RGB (transparency on white, 16-bit grey scaled to 8), resized and
     cropped as timm's evaluation transform does. Raises TaskError naming an image that cannot be read.
     """
+    import torch
+
     payload = Path(image) if isinstance(image, str) else image
     where = where or (str(payload) if isinstance(payload, Path) else "the image")
     return torch.from_numpy(decode_pixels(payload, preprocessing, where)).permute(2, 0, 1).contiguous()

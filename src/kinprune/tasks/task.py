@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from kinprune.preprocessing import Preprocessing
+
+if TYPE_CHECKING:  # pixels are read without PyTorch too
+    from torch import Tensor
 
 Payload: TypeAlias = Path | bytes | Image.Image | NDArray[Any]
 """An image not yet decoded: a file, an encoded file's bytes, a picture, or uint8 pixels ``[h, w(, c)]``."""
