@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ from kinprune.errors import BackboneError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
 from kinprune.importance import CRITERIA, Criterion, Normalisation, Scores, draw_batches, normalise, rank, score
 from kinprune.preprocessing import Preprocessing
-from kinprune.selection import Allocation, Budget, Selection, select
+from kinprune.selection import Allocation, Budget, CostFunctions, Selection, select
 from kinprune.tasks import DecodedTask, Split
 from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
 from kinprune.units import Costs, Mask, UnitSpace, extract, find_units
@@ -120,6 +120,7 @@ def prune(
     device: str = "cpu",
     on_step: OnStep | None = None,
     train_memory: int | None = None,
+    costs: CostFunctions | None = None,
 ) -> Pruned:
     """Prune a backbone for one task under a plan; the backbone itself is not changed.
 
@@ -127,7 +128,8 @@ def prune(
     a stage begins, with step 0, and after every training step; ``steps`` is 0 where a stage has none. Bad budgets are
     refused before anything is trained. Ctrl-C during the last fine-tuning keeps the best state so far
     (``training.stopped``); earlier it ends the pruning. ``train_memory`` is the ``memory_limit`` of every fine-tuning,
-    see ``fine_tune``.
+    see ``fine_tune``. ``costs`` are what the budget's limits count in: the unit space's own where none are given, a
+    device's (``devices.goal.DeviceCosts``) in its precision, and in milliseconds where it was profiled.
 
     Raises:
         BackboneError: the backbone answers another number of classes.
@@ -140,9 +142,10 @@ def prune(
         )
     seconds: dict[str, float] = {}
     with _stage(seconds, "units"):
-        space = unit_space(backbone, plan, image_size=task.preprocessing.image_size)
+        space = unit_space(backbone, plan, image_size=task.preprocessing.image_size, costs=costs)
     shrinking = _Shrinking.begin(backbone, task, plan, space, device, on_step)
     shrinking.train_memory = train_memory
+    shrinking.costs = space.costs if costs is None else costs
     with _stage(seconds, "dense"):
         shrinking.tell("whole model")
         probe = shrinking.solve_dense_head()
@@ -179,7 +182,9 @@ def prune(
     )
 
 
-def unit_space(backbone: Backbone, plan: Plan, *, image_size: tuple[int, int] | None = None) -> UnitSpace:
+def unit_space(
+    backbone: Backbone, plan: Plan, *, image_size: tuple[int, int] | None = None, costs: CostFunctions | None = None
+) -> UnitSpace:
     """The units that a plan chooses among; asks for no data, so that bad budgets are refused before any are decoded.
 
     ``image_size`` (height, width) is the backbone's own where none is given.
@@ -190,7 +195,7 @@ def unit_space(backbone: Backbone, plan: Plan, *, image_size: tuple[int, int] | 
     """
     size = backbone.preprocessing.image_size if image_size is None else image_size
     space = find_units(backbone.model, size, stream=plan.stream, head=backbone.head)
-    select(space, np.zeros(len(space)), plan.budget, multiple=plan.multiple)
+    select(space, np.zeros(len(space)), plan.budget, multiple=plan.multiple, costs=costs)
     return space
 
 
@@ -256,6 +261,7 @@ class _Shrinking:
     selection: Selection | None = None
     repair: ClosedForm | None = None
     train_memory: int | None = None
+    costs: CostFunctions | None = None
 
     @classmethod
     def begin(
@@ -303,6 +309,7 @@ class _Shrinking:
             normalisation="none",
             multiple=self.plan.multiple,
             within=self.mask,
+            costs=self.costs,
         )
         current = self.space.shrink(self.mask)
         step = Mask(selection.mask.kept[self.mask.kept], current.fingerprint)
@@ -330,13 +337,14 @@ class _Shrinking:
     def _budget(self, number: int) -> Budget:
         """The round's budget: shares of the whole that shrink by the same factor every round."""
         share = (number + 1) / self.plan.rounds
-        budget, whole = self.plan.budget, self.space.cost(self.space.whole_mask())
+        budget = self.plan.budget
         if share == 1:
             return budget
-        limits = {
-            name: round(getattr(whole, name) * min(limit / getattr(whole, name), 1) ** share)
-            for name, limit in budget.limits().items()
-        }
+        limits: dict[str, Any] = {}
+        for name, limit in budget.limits().items():
+            whole = float(getattr(self.costs, name)(self.space.sizes[None])[0])
+            amount = whole * min(limit / whole, 1) ** share
+            limits[name] = amount if name == "latency_ms" else round(amount)
         return Budget(keep=None if budget.keep is None else budget.keep**share, **limits)
 
     def _score(self) -> None:

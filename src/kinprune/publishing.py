@@ -62,6 +62,15 @@ def size_folders(keep: Sequence[float]) -> list[str]:
     return [f"keep-{ratio:g}" for ratio in keep]
 
 
+def check_alternatives(goals: Sequence[object], to: Destination) -> None:
+    """Refuse goals that are alternatives where nothing is exported, with ExportError: exports tell which is best."""
+    if len(goals) > len(to.folders) and not to.onnx:
+        raise ExportError(
+            "several precisions are open, and their exports are what tells which is best: leave out --no-onnx and "
+            'pip install "kinprune[onnx]", or name one with --precision'
+        )
+
+
 def publish(
     adapted: Adapted,
     task: DecodedTask,
@@ -80,9 +89,8 @@ def publish(
     Raises ExportError, with nothing written, where there are alternatives and they are not exported.
     """
     tell = on_stage or (lambda stage: None)
+    check_alternatives(adapted.sizes, to)
     alternatives = len(adapted.sizes) > len(to.folders)
-    if alternatives and not to.onnx:
-        raise ExportError("precisions are compared by their exports: leave one precision open only with an export")
     with tempfile.TemporaryDirectory() if to.onnx else nullcontext() as aside:
         if not alternatives:
             _save(adapted, task, header, to, tell)

@@ -26,6 +26,9 @@ RESNET = ("--model", "test_resnet", "--random", "--image-size", "32")
 QUICK = ("--steps", "3", "--batch-size", "8")
 
 PRUNE_KEYS = {
+    "device",
+    "precision",
+    "predicted_ms",
     "accuracy",
     "accuracy_closed_form",
     "accuracy_dense",
@@ -335,6 +338,7 @@ def test_help_has_the_sections_in_order_and_fits_80_columns(kinprune: Cli) -> No
         "Data",
         "Model",
         "Budget (one or more, all of them hold)",
+        "Device",
         "Pruning",
         "Fine-tuning",
         "Running and output",

@@ -152,6 +152,38 @@ def test_a_profile_of_another_backbone_is_refused(kinprune: Callable[..., Any], 
     assert "another backbone or image size" in done.stderr
 
 
+def test_pruning_from_scratch_keeps_a_devices_limit(kinprune: Callable[..., Any], site: Site, tmp_path: Path) -> None:
+    whole = json.loads(kinprune("device", "show", site.here, "--json").stdout)["profiles"][0]["whole_ms"]
+    words = (
+        "prune",
+        site.photos,
+        "--model",
+        "test_resnet",
+        "--random",
+        "--image-size",
+        32,
+        "--steps",
+        "0",
+        "--rounds",
+        2,
+    )
+    words += ("--round-steps", 0, "--device-profile", site.here, "--json")
+    done = kinprune(*words, "--max-latency", f"{0.9 * whole}ms", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["device"] == "here" and summary["precision"] == "fp32"
+    assert summary["predicted_ms"] <= 0.9 * whole
+    assert summary["costs"]["parameters"] < summary["whole"]["parameters"]
+    open_to = kinprune(*words, "--keep", "0.5", "--precision", "auto", "--out", tmp_path / "two")
+    assert open_to.exit_code == 2 and "several precisions are open (fp32, fp16, int8)" in open_to.stderr
+
+
+def test_alternatives_need_exports(kinprune: Callable[..., Any], site: Site, tmp_path: Path) -> None:
+    done = adapt(kinprune, site, tmp_path / "out", "--keep", "0.5", "--precision", "auto", "--no-onnx")
+    assert done.exit_code == 2 and "their exports are what tells which is best" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_limits_are_set_and_stay(kinprune: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "mcu.json"
     for words in (("--max-weights", "256KB", "--name", "tiny"), ("--max-memory", "1MB", "--precision", "int8")):

@@ -95,7 +95,7 @@ def adapt_command(
     from kinprune.adaptation import adapt, check_goals, check_training_memory
     from kinprune.bank import open_bank
     from kinprune.bank.backbone import bank_space, load_bank_backbone
-    from kinprune.publishing import plan_destination, publish, size_folders
+    from kinprune.publishing import check_alternatives, plan_destination, publish, size_folders
     from kinprune.tasks import decode
     from kinprune.voting import TEMPERATURE
 
@@ -131,8 +131,9 @@ def adapt_command(
     backbone = load_bank_backbone(opened, len(task.classes), seed=seed)
     space = bank_space(opened, backbone)
     whole = space.cost(space.whole_mask())
-    budgets = [pruning.amounts_of(ratio, given, max_latency, whole) for ratio in (ratios or (keep,))]
-    goals = check_goals(space, device_options.goals_for(space, budgets, on, wanted, plan), plan)
+    budgets = [pruning.amounts_of(pruning.Asked(ratio, given, max_latency), whole) for ratio in (ratios or (keep,))]
+    goals = check_goals(space, device_options.goals_for(space, budgets, on, wanted, multiple), plan)
+    check_alternatives(goals, destination)
     check_training_memory(backbone, space, goals, plan)
     say(f"{task.name}: {len(task.train):,} training and {len(task.test):,} test images of {len(task.classes)} classes")
     samples = _samples(opened, pictured, backbone.preprocessing)

@@ -13,7 +13,6 @@ from kinprune.cli.values import time, whole
 from kinprune.errors import BudgetError, DeviceError
 
 if TYPE_CHECKING:
-    from kinprune.adapt_plan import AdaptPlan
     from kinprune.devices.device import Device, Wanted
     from kinprune.devices.goal import Goal
     from kinprune.units import UnitSpace
@@ -120,9 +119,12 @@ def goals_for(
     budgets: Sequence[Mapping[str, Any]],
     devices: Sequence[Device],
     precision: Wanted | None,
-    plan: AdaptPlan,
+    multiple: int,
 ) -> list[Goal]:
-    """The goals of every budget and device; several budgets are of one device, or of none."""
+    """The goals of every budget and device, widths rounded to ``multiple``; several budgets are of one device, or none.
+
+    What cannot be reached, in no precision that is open, is refused with BudgetError.
+    """
     from kinprune.devices.goal import goals_of, plain_goal
     from kinprune.precision import PRECISIONS
     from kinprune.selection import Budget
@@ -131,12 +133,12 @@ def goals_for(
     if not devices:
         open_to = [one for one in PRECISIONS if (precision or "fp32") in ("auto", one)]
         for wish, budget in enumerate(budgets):
-            goals += [plain_goal(Budget(**budget), space, one, multiple=plan.multiple, wish=wish) for one in open_to]
+            goals += [plain_goal(Budget(**budget), space, one, multiple=multiple, wish=wish) for one in open_to]
         return goals
     if len(devices) > 1 and len(budgets) > 1:
         raise BudgetError("both --sizes and several devices are given, expected one of them")
     for number, device in enumerate(devices):
         for place, budget in enumerate(budgets):
             wish = number + place
-            goals += goals_of(device, space, budget, precision=precision, multiple=plan.multiple, wish=wish)
+            goals += goals_of(device, space, budget, precision=precision, multiple=multiple, wish=wish)
     return goals

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from kinprune.cli import device_options
 from kinprune.cli import options as shared
 from kinprune.cli import prune_options as own
 from kinprune.cli.output import console, say, stage_bar
 from kinprune.cli.running import begin, guarded
-from kinprune.cli.values import Limit, word
-from kinprune.errors import BudgetError
+from kinprune.cli.values import word
+from kinprune.errors import BudgetError, DeviceError
 from kinprune.quantities import byte_count, count
 
 if TYPE_CHECKING:
     from kinprune.backbones import Backbone
+    from kinprune.devices.device import Device, Wanted
+    from kinprune.devices.goal import Goal
     from kinprune.pruning import Plan
 
 
@@ -41,6 +44,9 @@ def prune_command(
     max_macs: own.MaxMacs = None,
     max_weights: own.MaxWeights = None,
     max_memory: own.MaxMemory = None,
+    max_latency: device_options.MaxLatency = None,
+    device_profile: device_options.DeviceProfile = None,
+    precision: device_options.PrecisionOption = None,
     method: own.Method = "taylor",
     allocation: own.Allocation = "layer",
     multiple: own.Multiple = 1,
@@ -67,14 +73,16 @@ def prune_command(
     Ctrl-C while fine-tuning keeps the best model so far and saves it; before that nothing is written.
     """
     given = own.limits_of(max_params, max_macs, max_weights, max_memory)
-    if keep is None and not given:
+    on = device_options.read_devices(device_profile, None, threads=None, batch=None)
+    wanted = device_options.check_precision(precision)
+    if keep is None and max_latency is None and not given and not on:
         raise BudgetError(own.no_budget("--keep 0.1"))
     begin(device, threads)
     from kinprune.artifact import check_destination, save
     from kinprune.backbones import load_backbone
     from kinprune.backbones.spec import check_name
     from kinprune.delivery import artifact_of, summarise
-    from kinprune.pruning import Plan, prune, unit_space
+    from kinprune.pruning import Plan, prune
     from kinprune.selection import Budget
     from kinprune.tasks import decode
 
@@ -110,26 +118,38 @@ def prune_command(
         interpolation=interpolation,
         crop_pct=crop_pct,
     )
-    plan = _limited(plan, backbone, keep, given)
-    unit_space(backbone, plan)
+    goal = _aim(plan, backbone, own.Asked(keep, given, max_latency), on, wanted)
+    plan = replace(plan, budget=goal.budget, multiple=goal.multiple)
     say(f"{task.name}: {len(task.train):,} training and {len(task.test):,} test images of {len(task.classes)} classes")
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
     with stage_bar() as on_step:
-        pruned = prune(backbone, decoded, plan, device=device, on_step=on_step, train_memory=train_memory)
+        pruned = prune(
+            backbone, decoded, plan, device=device, on_step=on_step, train_memory=train_memory, costs=goal.costs
+        )
     save(artifact_of(pruned, backbone, decoded), out, overwrite=overwrite)
     summary = {"out": str(out), "task": task.name, "model": model, "method": method, **summarise(pruned)}
+    summary |= {"device": goal.device, "precision": goal.precision}
+    summary["predicted_ms"] = goal.costs.predicted_ms(pruned.space.counts(pruned.selection.mask.kept))
     if json:
         return summary
     _print(summary)
     return None
 
 
-def _limited(plan: Plan, backbone: Backbone, keep: float | None, given: dict[str, Limit]) -> Plan:
-    """The plan with its limits in numbers: those in per cent are shares of the backbone's costs."""
+def _aim(plan: Plan, backbone: Backbone, asked: own.Asked, devices: Sequence[Device], precision: Wanted | None) -> Goal:
+    """What is asked of the model, in numbers: limits in per cent are shares of the backbone's costs."""
+    from kinprune.devices.goal import reachable_goals
     from kinprune.units import find_units
 
     space = find_units(backbone.model, backbone.preprocessing.image_size, stream=plan.stream, head=backbone.head)
-    return replace(plan, budget=own.budget_of(keep, given, space.cost(space.whole_mask())))
+    budget = own.amounts_of(asked, space.cost(space.whole_mask()))
+    goals = reachable_goals(space, device_options.goals_for(space, [budget], devices, precision, plan.multiple))
+    if len(goals) > 1:
+        found = ", ".join(goal.precision for goal in goals)
+        raise DeviceError(
+            f"several precisions are open ({found}), and prune makes one model: name one with --precision"
+        )
+    return goals[0]
 
 
 def _print(summary: dict[str, Any]) -> None:
@@ -156,6 +176,8 @@ def _print(summary: dict[str, Any]) -> None:
     shown.print(table)
     if summary["note"]:
         shown.print(f"Note: {summary['note']}.")
+    if summary["predicted_ms"] is not None:
+        shown.print(f"{summary['predicted_ms']:.3g} ms foretold on {summary['device']}, in {summary['precision']}.")
     if "training_memory" in summary:
         told = own.told_of_memory(summary["training_memory"])
         shown.print(f"{told[0].upper()}{told[1:]}")

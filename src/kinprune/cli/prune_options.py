@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,6 @@ from kinprune.cli.values import Limit, between, byte_size, limit, share, whole, 
 from kinprune.quantities import byte_count, plural
 
 if TYPE_CHECKING:
-    from kinprune.selection import Budget
     from kinprune.training import Recipe
     from kinprune.units import Costs
 
@@ -228,20 +228,20 @@ def no_budget(shares: str) -> str:
     )
 
 
-def amounts_of(
-    keep: float | None, given: Mapping[str, Limit], max_latency: float | None, whole: Costs
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Asked:
+    """The options of the section Budget, as they were given."""
+
+    keep: float | None
+    limits: Mapping[str, Limit]
+    max_latency: float | None = None
+
+
+def amounts_of(asked: Asked, whole: Costs) -> dict[str, float]:
     """What was asked for in numbers, by the names of ``Budget``; per cents are of the ``whole`` model's costs."""
-    amounts: dict[str, float | None] = {name: wanted.of(getattr(whole, name)) for name, wanted in given.items()}
-    amounts |= {"keep": keep, "latency_ms": max_latency}
+    amounts: dict[str, float | None] = {name: one.of(getattr(whole, name)) for name, one in asked.limits.items()}
+    amounts |= {"keep": asked.keep, "latency_ms": asked.max_latency}
     return {name: amount for name, amount in amounts.items() if amount is not None}
-
-
-def budget_of(keep: float | None, given: Mapping[str, Limit], whole: Costs) -> Budget:
-    """The budget of what was asked for."""
-    from kinprune.selection import Budget
-
-    return Budget(**amounts_of(keep, given, None, whole))  # type: ignore[arg-type]
 
 
 def recipe_of(
