@@ -17,6 +17,7 @@ import torch
 import kinprune as kp
 from kinprune.adapt_plan import AdaptPlan
 from kinprune.adapted import adapted_record
+from kinprune.bank import record_key
 from kinprune.bank.backbone import load_bank_backbone
 from kinprune.building import Source, build, sample_sources
 from kinprune.calibration import head_inputs
@@ -321,10 +322,46 @@ def test_adapt_on_the_command_line(kinprune: Callable[..., Any], world: World, t
     assert table.exit_code == 0 and "whole model" in table.stdout and (tmp_path / "one" / "kinprune.json").is_file()
 
 
+def test_adapt_in_little_memory_on_the_command_line(kinprune: Callable[..., Any], world: World, tmp_path: Path) -> None:
+    command = "adapt NEW --bank BANK --keep 0.5 --neighbours 2 --steps 1 --batch-size 16 --no-onnx --out OUT"
+    free = json.loads(run(kinprune, f"{command} --json", world, tmp_path / "free").stdout)
+    limited = run(kinprune, f"{command} --train-memory 1GB --json", world, tmp_path / "limited")
+    assert limited.exit_code == 0, limited.stderr
+    (size,) = json.loads(limited.stdout)["sizes"]
+    told = size["training_memory"]
+    assert (told["limit"], told["micro_batch"], told["frozen"]) == (10**9, 16, [])
+    assert told["predicted"] <= 10**9 and (told["peak"] is None or 0 < told["peak"] <= 10**9)
+    assert "training_memory" not in free["sizes"][0] and size["losses"] == free["sizes"][0]["losses"]
+    before, after = (kp.load(tmp_path / name).provenance["plan"]["train_memory"] for name in ("free", "limited"))
+    assert (before, after) == (None, 10**9)
+    shown = run(kinprune, f"{command} --train-memory 40MB", world, tmp_path / "shown")
+    assert shown.exit_code == 0 and "training in 40 MB of memory: " in " ".join(shown.stdout.split())
+    command = f"{command} --train-memory 9MB".replace("--bank BANK", "--bank BANK --json")
+    refused = run(kinprune, command, world, tmp_path / "refused")
+    assert refused.exit_code == 2 and "expected a limit of at least" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_limit_of_memory_is_in_a_records_key_only_where_there_is_one(world: World) -> None:
+    keys = []
+    for limit in (None, 10**9, 10**8):
+        plan = replace(QUICK, train_memory=limit, recipe=kp.Recipe(steps=0))
+        adapted = kp.adapt(world.task, world.bank, kp.Budget(keep=0.5), plan)
+        record = adapted_record(adapted, adapted.sizes[0], world.task)
+        assert record.details["plan"].get("train_memory") == limit
+        keys.append(record.key)
+    assert len(set(keys)) == 3
+    before = {name: value for name, value in record.details["plan"].items() if name != "train_memory"}
+    assert keys[0] == record_key(world.task.digest, {"adapted": before})
+    with pytest.raises(BudgetError, match="train_memory is 0"):
+        AdaptPlan(train_memory=0)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ("", "no budget was given"),
+        ("--keep 0.5 --train-memory 50%", "such as 200MB"),
         ("--keep 0.5 --sizes 0.5", "one of them"),
         ("--sizes 0.5,2", "--sizes is '0.5,2'"),
         ("--sizes 0.5,0.5", "different keep ratios"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kinprune.cli.options import chosen_classes
 from kinprune.cli.output import console, show_json
 from kinprune.cli.running import begin
-from kinprune.cli.values import Limit, between, limit, share, whole
+from kinprune.cli.values import Limit, between, byte_size, limit, share, whole
 from kinprune.errors import BackboneError
 from kinprune.quantities import byte_count, count
 
@@ -86,6 +86,7 @@ def test_any_text_is_a_limit_or_refused(text: str) -> None:
 
 REFUSED: list[tuple[Callable[[Any], Any], str]] = [
     *((limit("count"), text) for text in ("", "0", "-1", "1.5X", "3MB", "1,5M", "nan", "inf", "0%", "1 2", "0x10")),
+    *((byte_size, text) for text in ("20%", "0", "0.4", "-1MB", "much")),
     *((limit("bytes"), text) for text in ("8MBit", "1T", "%", "-5%", "9" * 30)),
     *((limit("count"), text) for text in ("0.4", "1e99", "1e-3")),
     *((share, text) for text in ("0", "0%", "101%", "1.01", "-0.5", "1k", "half", "nan", "")),

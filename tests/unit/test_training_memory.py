@@ -59,7 +59,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def needs_of(model: nn.Module, recipe: Recipe, split: Split, moments: int = 1) -> Needs:
     lesson = Lesson(model, None, PREPROCESSING, recipe, "float32")
-    return Needs(lesson, split.images, min(recipe.batch_size, len(split.labels)), moments, begun=False)
+    return Needs(lesson, split.images, min(recipe.batch_size, len(split.labels)), moments)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -172,6 +172,7 @@ class _Run:
     learning_rate: float
     begin: Mapping[str, Tensor] | None
     layers: list[Piece] = field(default_factory=list)
+    moved: frozenset[str] = frozenset()
     watch: Watch | None = None
     counts: bool = False
     losses: list[float] = field(default_factory=list)
@@ -193,8 +194,9 @@ class _Run:
         """Plan how to stay below a limit of memory, and begin to measure."""
         if limit is None or self.recipe.steps == 0:
             return
-        begun = self.begin is not None
-        needs = Needs(self.lesson, self.train.images, self.plan.batch_size, MOMENTS[self.optimiser], begun)
+        size, moments = self.plan.batch_size, MOMENTS[self.optimiser]
+        self.moved = _moved(self.model, self.begin)
+        needs = Needs(self.lesson, self.train.images, size, moments, self.moved)
         self.plan, self.layers = plan_memory(needs, limit), needs.layers
         needs.warm_up(self.plan)
         self.watch = Watch(device_of(self.model))
@@ -284,8 +286,8 @@ class _Run:
     def keep(self, step: int) -> None:
         """Copy the model's state, over the one before: two at once would be too many where memory is short."""
         self.best_step, self.copying = step, True
-        still = [layer for layer in self.layers if layer.name in self.plan.frozen and self.begin is None]
-        unchanged = {name for layer in still for name in layer.parameters}
+        still = {name for layer in self.layers if layer.name in self.plan.frozen for name in layer.parameters}
+        unchanged = still - self.moved
         for name, tensor in self.model.state_dict().items():
             if name in self.best_state:
                 self.best_state[name].copy_(tensor)
@@ -320,6 +322,13 @@ def _copy(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, tensor in model.state_dict().items():
         if name in state:
             tensor.copy_(state[name])
+
+
+def _moved(model: nn.Module, begin: Mapping[str, Tensor] | None) -> frozenset[str]:
+    """The tensors of the model's state that another one changes."""
+    given = {} if begin is None else begin
+    own = model.state_dict().items()
+    return frozenset(name for name, value in own if name in given and not torch.equal(value, given[name].to(value)))
 
 
 @contextmanager

@@ -37,15 +37,15 @@ class Needs:
     """What a fine-tuning needs.
 
     ``images`` are some of the training images, ``uint8 [n, 3, h, w]``; ``moments`` how many numbers the optimiser
-    keeps for a parameter; ``begun`` whether another state than the model's own is trained from, so that layers that
-    are not trained differ from the best state too.
+    keeps for a parameter; ``moved`` names the tensors that another state to train from changes: they must be kept,
+    trained or not.
     """
 
     lesson: Lesson
     images: Tensor
     batch_size: int
     moments: int
-    begun: bool
+    moved: frozenset[str] = frozenset()
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     peaks: dict[tuple[object, ...], int] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ class Needs:
         trained = [
             state[name] for name, value in self.model.named_parameters() if value.requires_grad and name not in still
         ]
-        best = sum(size for name, size in state.items() if self.begun or name not in still)
+        best = sum(size for name, size in state.items() if name in self.moved or name not in still)
         mini_batch = 3 * self.batch_size * self.images[0].numel()  # drawn, moved about, and laid out again
         rest = best + self.moments * sum(trained) + mini_batch
         if phase == "judge":

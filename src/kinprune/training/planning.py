@@ -62,7 +62,7 @@ def least_limit(model: nn.Module, teacher: nn.Module | None, preprocessing: Prep
     images = torch.zeros(1, 3, *preprocessing.image_size, dtype=torch.uint8)
     moments = MOMENTS[optimiser_name(model, recipe)]
     with as_it_was(model):
-        return least_memory(Needs(lesson, images, recipe.batch_size, moments, begun=False))
+        return least_memory(Needs(lesson, images, recipe.batch_size, moments))
 
 
 def _last(needs: Needs, limit: int | None) -> MemoryPlan:
@@ -138,7 +138,9 @@ def _largest(needs: Needs, plans: Sequence[MemoryPlan], phase: Phase) -> MemoryP
     def too_large(plan: MemoryPlan) -> bool:
         return needs.bytes_of(plan, phase) > (plan.limit or 0)
 
-    if plans and not too_large(plans[-1]):
-        return plans[-1]  # most often, and then nothing else need be counted
-    place = bisect_left(plans, True, hi=max(len(plans) - 1, 0), key=too_large)
-    return plans[place - 1] if place else None
+    # The ends decide most often, and then nothing between them need be counted.
+    if not plans or too_large(plans[0]):
+        return None
+    if not too_large(plans[-1]):
+        return plans[-1]
+    return plans[bisect_left(plans, True, lo=1, hi=len(plans) - 1, key=too_large) - 1]
