@@ -14,7 +14,7 @@ from torch import nn
 from kinprune.adaptation import Adapted, Sized
 from kinprune.artifact.files import settle_names
 from kinprune.artifact.storage import EXPORTED
-from kinprune.devices import export_onnx, predict_onnx
+from kinprune.devices import evaluate_exported, export_onnx
 from kinprune.devices.goal import Goal
 from kinprune.devices.memory import MemoryUse, measure_memory
 from kinprune.devices.profile import is_here
@@ -79,14 +79,14 @@ def ship(adapted: Adapted, task: DecodedTask, folder: Path, tell: OnStage) -> tu
     found = []
     for sized, path, setting, latency in zip(adapted.sizes, paths, settings, latencies[1:], strict=True):
         counts = adapted.space.counts(sized.selection.mask.kept)
-        accuracy = accuracy_of(path, task.test)
+        accuracy = evaluate_exported(path, task.test).accuracy
         limited = sized.budget.peak_memory_bytes is not None
         found.append(
             Shipped(
                 path,
                 path.stat().st_size,
                 accuracy,
-                accuracy if guard is None else accuracy_of(path, guard),
+                accuracy if guard is None else evaluate_exported(path, guard).accuracy,
                 latency,
                 setting,
                 sized.goal.costs.predicted_ms(counts),
@@ -114,12 +114,6 @@ def move_into(shipped: Shipped, folder: Path) -> None:
     for file in files:
         shutil.move(file, folder / file.name)
     settle_names(folder.absolute())
-
-
-def accuracy_of(path: Path, split: Split) -> float:
-    """The share of a split's images that an exported file answers rightly, by its runtime alone."""
-    answers = predict_onnx(path, split.images.numpy())
-    return float((answers.argmax(1) == split.labels.numpy()).mean())
 
 
 def _setting(goal: Goal) -> Setting:

@@ -78,7 +78,11 @@ def test_a_limit_in_milliseconds_on_this_machine(kinprune: Callable[..., Any], s
     assert size["predicted_ms"] <= limit
     assert size["budget"] == {"latency_ms": limit}
     assert size["params"] < json.loads(done.stdout)["whole"]["parameters"]
-    assert (tmp_path / "out" / "model.onnx").is_file()
+    export = tmp_path / "out" / "model.onnx"
+    timed = json.loads(kinprune("device", "time", export, "--json").stdout)["milliseconds"][str(export)]
+    assert 0.2 < timed / size["latency_ms"] < 5
+    refused = kinprune("device", "time", tmp_path / "out" / "kinprune.json")
+    assert refused.exit_code == 2 and "cannot be read by ONNX Runtime" in refused.stderr
     assert "ms measured" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -227,6 +231,13 @@ def test_a_kit_runs_where_there_is_no_pytorch(kinprune: Callable[..., Any], site
     assert device.profiles[0].units == read_device(site.here).profiles[0].units
     found = adapt(kinprune, site, tmp_path / "out", "--device-profile", out, "--max-latency", "100ms")
     assert found.exit_code == 0, found.stderr
+    again = subprocess.run(
+        [sys.executable, str(kit), "--time", str(tmp_path / "out" / "model.onnx")],
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert again.stdout.endswith(" ms\n"), again.stderr
 
 
 def test_a_damaged_kit_is_refused(kinprune: Callable[..., Any], tmp_path: Path) -> None:

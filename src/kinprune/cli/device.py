@@ -230,10 +230,29 @@ def show_command(file: File, bank: Bank = None, json: shared.Json = False) -> di
     return None
 
 
+@guarded
+def time_command(
+    files: Annotated[list[Path], typer.Argument(metavar="ONNX", help="Exported models, such as small/model.onnx.")],
+    threads: RunThreads = 1,
+    batch: RunBatch = 1,
+    json: shared.Json = False,
+) -> dict[str, Any] | None:
+    """Time exported models on this machine, side by side: what a limit in milliseconds is compared with."""
+    from kinprune.devices import time_models
+
+    found = time_models(files, threads, batch)
+    if json:
+        return {"threads": threads, "batch": batch, "milliseconds": dict(zip(map(str, files), found, strict=True))}
+    for path, value in zip(files, found, strict=True):
+        typer.echo(f"{path}: {value:.3g} ms")
+    return None
+
+
 device_app.command("profile", cls=Sectioned)(profile_command)
 device_app.command("kit", cls=Sectioned)(kit_command)
 device_app.command("set", cls=Sectioned)(set_command)
 device_app.command("show", cls=Sectioned)(show_command)
+device_app.command("time", cls=Sectioned)(time_command)
 
 
 def _before(out: Path, overwrite: bool) -> Device | None:

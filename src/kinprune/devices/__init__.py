@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kinprune.devices.calibration import Agreement
     from kinprune.devices.executorch import export_executorch
     from kinprune.devices.exported import Exported, evaluate_exported, open_exported
-    from kinprune.devices.latency import measure_latencies
+    from kinprune.devices.kit_run import time_models
     from kinprune.devices.onnx import OnnxExport, export_onnx, missing_package
     from kinprune.devices.program import ProgramExport
     from kinprune.devices.pt2 import export_pt2
@@ -28,11 +28,11 @@ _HOMES = {
     "export_executorch": "executorch",
     "export_onnx": "onnx",
     "export_pt2": "pt2",
-    "measure_latencies": "latency",
     "missing_package": "onnx",
     "open_exported": "exported",
     "predict_onnx": "runtime",
     "read_metadata": "runtime",
+    "time_models": "kit_run",
 }
 
 __all__ = [
@@ -45,11 +45,11 @@ __all__ = [
     "export_executorch",
     "export_onnx",
     "export_pt2",
-    "measure_latencies",
     "missing_package",
     "open_exported",
     "predict_onnx",
     "read_metadata",
+    "time_models",
 ]
 
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kinprune.devices.device import Device, Profile, this_machine, write_device
 from kinprune.devices.noise import NOISE_FILE, Segment, write_noise
-from kinprune.devices.timing import ROUNDS, Setting, time_files
+from kinprune.devices.timing import PASSES, ROUNDS, Setting, open_timed, time_files, time_sessions
 from kinprune.errors import DeviceError
 
 OnTimed = Callable[[int, int], None]
@@ -26,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Time the kit that this runs from; 2 where what was asked for cannot be done, 130 after Ctrl-C."""
     options = _options(arguments)
     try:
+        if options.time:
+            for path, value in zip(
+                options.time, time_models(options.time, options.threads, options.batch), strict=True
+            ):
+                print(f"{path}: {value:.3g} ms")
+            return 0
         device = run_kit(Path(sys.argv[0]), options.name or options.out.stem, options.threads, options.batch, _tell)
         write_device(device, options.out)
     except DeviceError as error:
@@ -39,6 +47,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{profile.precision}: {len(profile.counts)} models timed, {whole}", file=sys.stderr)
     print(f"Written to {options.out}: take it to where kinprune adapt runs.", file=sys.stderr)
     return 0
+
+
+def time_models(paths: Sequence[Path], threads: int = 1, batch: int = 1) -> list[float]:
+    """Milliseconds of one run of exported models on this machine, all in turn, as profiles are made.
+
+    Raises DeviceError where ONNX Runtime is missing, or a file is none that it reads.
+    """
+    _need_onnxruntime()
+    sessions = []
+    for path in paths:
+        try:
+            sessions.append(open_timed(path, threads))
+        except Exception as error:  # ONNX Runtime's errors have no base of their own; the cause stays attached
+            raise DeviceError(f"{path} cannot be read by ONNX Runtime ({error}): give an exported .onnx") from error
+    shapes = [session.get_inputs()[0].shape[1:] for session in sessions]
+    noise = np.random.default_rng(0)
+    images = [noise.standard_normal((batch, *shape), dtype=np.float32) for shape in shapes]
+    return time_sessions(sessions, images, PASSES * ROUNDS)
+
+
+def _need_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DeviceError(f"ONNX Runtime is not installed here ({error}): pip install onnxruntime") from error
+    return onnxruntime
 
 
 def run_kit(kit: Path, name: str, threads: int, batch: int, on_timed: OnTimed | None = None) -> Device:
@@ -68,10 +102,7 @@ def time_samples(
 
     Raises DeviceError where ONNX Runtime is missing or does not run them.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise DeviceError(f"ONNX Runtime is not installed here ({error}): pip install onnxruntime") from error
+    onnxruntime = _need_onnxruntime()
     write_noise(folder / NOISE_FILE, [Segment(**one) for one in described["segments"]])
     paths = [folder / f"{number:04d}.onnx" for number in range(len(described["counts"]))]
     size = described["image_size"]
@@ -99,7 +130,9 @@ def _tell(done: int, of: int) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure how fast this machine runs a backbone's small models.")
-    parser.add_argument("--out", type=Path, required=True, help="the device's file to write, such as pi.json")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--out", type=Path, help="the device's file to write, such as pi.json")
+    wanted.add_argument("--time", type=Path, nargs="+", metavar="ONNX", help="instead: time these exported models")
     parser.add_argument("--name", help="the device's name; the file's where none is given")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads that models run with (1)")
     parser.add_argument("--batch", type=_positive, default=1, help="images at a time (1)")
