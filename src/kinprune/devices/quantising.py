@@ -206,4 +206,5 @@ def _insert(model: Any, recipe: _Recipe) -> Any:
         {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"] if recipe.kinds == LAYERS else []},
     )
     quantiser.quantize_model()
+    quantiser.model.topological_sort()
     return quantiser.model.model
