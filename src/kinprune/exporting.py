@@ -19,6 +19,7 @@ from kinprune.devices.goal import Goal
 from kinprune.devices.memory import MemoryUse, measure_memory
 from kinprune.devices.profile import is_here
 from kinprune.devices.timing import ROUNDS, Setting, open_timed, time_sessions
+from kinprune.report import Tried
 from kinprune.tasks import DecodedTask, Split
 from kinprune.training import hold_back
 
@@ -45,6 +46,10 @@ class Shipped:
     predicted_ms: float | None
     on_device: bool
     memory: MemoryUse | None
+
+    def tried(self) -> Tried:
+        """What the report tells of it."""
+        return Tried(self.accuracy, None if self.memory is None else self.memory.peak_bytes)
 
     def to_json(self, sized: Sized) -> dict[str, Any]:
         """What a script wants to know of it."""

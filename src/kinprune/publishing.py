@@ -102,7 +102,8 @@ def publish(
             move_into(one, folder)
     tell("report")
     latencies = None if shipped is None else (whole, *(one.latency_ms for one in shipped))
-    write_report(to.report, adapted, task, samples=samples, latencies=latencies)
+    tried = None if shipped is None else [one.tried() for one in shipped]
+    write_report(to.report, adapted, task, samples=samples, latencies=latencies, tried=tried)
     summary = {"out": [str(folder) for folder in to.folders], "report": str(to.report), **summarise_adapted(adapted)}
     if shipped is not None:
         summary["latency_ms"] = whole

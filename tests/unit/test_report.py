@@ -24,9 +24,10 @@ from kinprune import quantities, report
 from kinprune.adapt_plan import AdaptPlan
 from kinprune.adapted import summarise_adapted
 from kinprune.building import Source, build, sample_sources
+from kinprune.devices.goal import plain_goal
 from kinprune.evaluation import Evaluation
 from kinprune.kin import Search
-from kinprune.report import ReportError, charts, render_report, write_report
+from kinprune.report import ReportError, Tried, charts, render_report, write_report
 from kinprune.report.answers import matrix_of, sample_answers
 from kinprune.report.charts import (
     BOTTOM,
@@ -257,6 +258,7 @@ def test_bad_input_is_refused_before_any_work(world: World, tmp_path: Path) -> N
         ({"samples": {"ant": uint8}}, "class 'ant'"),
         ({"samples": {"ant": uint8[None].float()}}, "expected uint8"),
         ({"latencies": latencies[:3]}, "expected 4"),
+        ({"tried": [Tried(0.5)]}, "1 exports were tried, expected 3"),
         ({"latencies": [*latencies[:3], -1.0]}, "above 0"),
         ({"latencies": [float("nan"), *latencies[1:]]}, "above 0"),
         ({"task": world.make_task(("apple", "pear"))}, "give the task that was adapted to"),
@@ -286,6 +288,21 @@ def test_limits_are_asked_and_reached(world: World) -> None:
     (least,) = size_rows(small)
     assert not least.limits[0].met and any("at least one" in note for note in least.notes)
     assert "Not all that was asked for is met" in render_report(small, task)
+
+
+def test_an_export_that_answers_worse_is_told(world: World) -> None:
+    first, *others = world.adapted.sizes
+    accuracies = [sized.final.accuracy for sized in world.adapted.sizes]
+    tried = [Tried(accuracies[0] - 0.05, 4_200_000), *(Tried(accuracy) for accuracy in accuracies[1:])]
+    text = render_report(world.adapted, world.task, tried=tried)
+    assert text.count("Exported in") == 1
+    assert f"it answers {accuracies[0] - 0.05:.1%} of the test images: \u22125.0 points" in text
+    assert "4.2 MB of memory, measured in ONNX Runtime." in text
+    eight = replace(first, goal=plain_goal(first.budget, world.adapted.space, "int8"))
+    told = render_report(
+        replace(world.adapted, sizes=(eight, *others)), world.task, tried=[Tried(a) for a in accuracies]
+    )
+    assert "Exported in int8" in told and "0.0 points" in told and ", int8" in told
 
 
 def test_sizes_have_names_of_their_own(world: World) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kinprune.report.inputs import ReportError
+from kinprune.report.inputs import ReportError, Tried
 from kinprune.report.page import render_report, write_report
 
-__all__ = ["ReportError", "render_report", "write_report"]
+__all__ = ["ReportError", "Tried", "render_report", "write_report"]

@@ -14,7 +14,7 @@ from kinprune.adaptation import Adapted
 from kinprune.delivery import versions
 from kinprune.report.answers import Answers, Matrix, matrix_of, sample_answers
 from kinprune.report.curves import Chart, family_charts, learning_charts
-from kinprune.report.inputs import check_inputs
+from kinprune.report.inputs import Tried, check_inputs
 from kinprune.report.kinship import ClassCard, NeighbourRow, neighbour_rows, target_classes
 from kinprune.report.sizes import (
     Figure,
@@ -109,10 +109,11 @@ def contents_of(
     *,
     samples: Mapping[str, Tensor] | None = None,
     latencies: Sequence[float | None] | None = None,
+    tried: Sequence[Tried] | None = None,
 ) -> Contents:
     """Gather a report; see ``write_report``. The smallest model is run on the test images, for its answers."""
-    check_inputs(adapted, task, samples, latencies)
-    rows = size_rows(adapted, latencies)
+    check_inputs(adapted, task, samples, latencies, tried)
+    rows = size_rows(adapted, latencies, tried)
     least = smallest(adapted)
     search = adapted.plan.search
     return Contents(

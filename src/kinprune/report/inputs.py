@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +18,20 @@ class ReportError(KinpruneError):
     """A report's inputs do not belong together, or it cannot be written."""
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What was found of an exported model: its accuracy on the test images, and its peak of memory where measured."""
+
+    accuracy: float
+    memory_bytes: int | None = None
+
+
 def check_inputs(
     adapted: Adapted,
     task: DecodedTask,
     samples: Mapping[str, Tensor] | None,
     latencies: Sequence[float | None] | None,
+    tried: Sequence[Tried] | None = None,
 ) -> None:
     """Refuse what does not belong together, with ReportError."""
     _check_task(adapted, task)
@@ -32,6 +42,8 @@ def check_inputs(
                 f"the samples of class {name!r} are {images.dtype} [{shape}], expected uint8 [n, 3, h, w]: give the "
                 "images of a decoded task"
             )
+    if tried is not None and len(tried) != len(adapted.sizes):
+        raise ReportError(f"{len(tried)} exports were tried, expected {len(adapted.sizes)}: one a size")
     if latencies is not None:
         _check_latencies(latencies, len(adapted.sizes))
 

@@ -15,7 +15,7 @@ from kinprune import quantities
 from kinprune.adaptation import Adapted
 from kinprune.report.charts import COLOURS, mark_of
 from kinprune.report.contents import contents_of
-from kinprune.report.inputs import ReportError
+from kinprune.report.inputs import ReportError, Tried
 from kinprune.report.kinship import PICTURED
 from kinprune.tasks import DecodedTask
 
@@ -27,13 +27,14 @@ def write_report(
     *,
     samples: Mapping[str, Tensor] | None = None,
     latencies: Sequence[float | None] | None = None,
+    tried: Sequence[Tried] | None = None,
 ) -> None:
     """Write an adaptation's report to ``path``: one HTML file that needs nothing beside it, no script among that.
 
     ``task`` is what was adapted to. ``samples`` are images uint8 ``[n, 3, h, w]`` by class name of source tasks, the
     first of which is shown beside the neighbours that have the class. ``latencies`` are milliseconds of one image in
-    ONNX Runtime: of the whole model, then of each size, None where there is none. An older report is replaced only
-    once the new one is complete. The same input gives the same file.
+    ONNX Runtime: of the whole model, then of each size, None where there is none; ``tried`` what was found of each
+    size's export. An older report is replaced only once the new one is complete. The same input gives the same file.
 
     Raises:
         ReportError: the inputs do not belong together, or the file cannot be written.
@@ -42,7 +43,8 @@ def write_report(
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise ReportError(f"{target} cannot be written: expected the path of a file in a folder that is there")
     # Names of folders may hold what is no Unicode.
-    content = render_report(adapted, task, samples=samples, latencies=latencies).encode("utf-8", "backslashreplace")
+    text = render_report(adapted, task, samples=samples, latencies=latencies, tried=tried)
+    content = text.encode("utf-8", "backslashreplace")
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with beside.open("xb") as file:
@@ -62,9 +64,10 @@ def render_report(
     *,
     samples: Mapping[str, Tensor] | None = None,
     latencies: Sequence[float | None] | None = None,
+    tried: Sequence[Tried] | None = None,
 ) -> str:
     """The report's HTML; see ``write_report``."""
-    contents = contents_of(adapted, task, samples=samples, latencies=latencies)
+    contents = contents_of(adapted, task, samples=samples, latencies=latencies, tried=tried)
     return _environment().get_template("page.html").render(report=contents)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from kinprune import quantities
 from kinprune.adaptation import Adapted, Sized
 from kinprune.devices.profile import is_here
+from kinprune.report.inputs import Tried
 from kinprune.selection import Budget
 from kinprune.units import Costs
 
@@ -70,7 +71,9 @@ def size_name(budget: Budget) -> str:
     return ", ".join([*asked, *(_amount(name, limit) for name, limit in budget.limits().items())])
 
 
-def size_rows(adapted: Adapted, latencies: Sequence[float | None] | None = None) -> tuple[SizeRow, ...]:
+def size_rows(
+    adapted: Adapted, latencies: Sequence[float | None] | None = None, tried: Sequence[Tried] | None = None
+) -> tuple[SizeRow, ...]:
     """A row for every size, in the order they were asked for."""
     times = [None] * (len(adapted.sizes) + 1) if latencies is None else list(latencies)
     names = [_name(sized) for sized in adapted.sizes]
@@ -85,7 +88,10 @@ def size_rows(adapted: Adapted, latencies: Sequence[float | None] | None = None)
             costs=figures(sized.selection.costs, adapted.whole),
             latency=_latency(times[1 + colour], times[0]),
             limits=_limits(adapted, sized, times[1 + colour]),
-            notes=_notes(adapted, sized, times[1 + colour]),
+            notes=(
+                *_notes(adapted, sized, times[1 + colour]),
+                *(() if tried is None else _found(sized, tried[colour])),
+            ),
         )
         for colour, (name, sized) in enumerate(zip(names, adapted.sizes, strict=True))
     )
@@ -178,6 +184,20 @@ def _latency_limit(adapted: Adapted, sized: Sized, limit: float, measured: float
     text = f"{quantities.milliseconds(found)} {'measured' if on_device else 'foretold'}"
     reached = Figure(found, text, found / limit, f"{quantities.round_percent(found / limit)} of it")
     return Limit(quantities.milliseconds(limit), reached, found <= limit)
+
+
+def _found(sized: Sized, tried: Tried) -> list[str]:
+    """What its export was found to be where that is not just the model: another precision, memory as measured."""
+    notes = []
+    lost = sized.final.accuracy - tried.accuracy
+    if sized.goal.precision != "fp32" or lost > 0.01:
+        notes.append(
+            f"Exported in {sized.goal.precision} it answers {quantities.percent(tried.accuracy)} of the test images: "
+            f"{quantities.points(-lost)} points beside the model before."
+        )
+    if tried.memory_bytes is not None:
+        notes.append(f"{quantities.byte_count(tried.memory_bytes)} of memory, measured in ONNX Runtime.")
+    return notes
 
 
 def _notes(adapted: Adapted, sized: Sized, latency: float | None) -> tuple[str, ...]:
