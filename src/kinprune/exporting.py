@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ class Shipped:
     ``accuracy`` is the exported file's on the test images, ``guard`` on the training images that were held back.
     ``latency_ms`` is of one run with the ``setting``'s threads and batch: the device's own where this machine is it.
     ``predicted_ms`` is what the device's profile had foretold, ``on_device`` whether the profile is of this machine.
-    ``memory`` was measured where memory was limited.
+    ``memory`` was measured where memory was limited, on Linux.
     """
 
     path: Path
@@ -85,7 +86,7 @@ def ship(adapted: Adapted, task: DecodedTask, folder: Path, tell: OnStage) -> tu
     for sized, path, setting, latency in zip(adapted.sizes, paths, settings, latencies[1:], strict=True):
         counts = adapted.space.counts(sized.selection.mask.kept)
         accuracy = evaluate_exported(path, task.test).accuracy
-        limited = sized.budget.peak_memory_bytes is not None
+        measured = sized.budget.peak_memory_bytes is not None and sys.platform == "linux"
         found.append(
             Shipped(
                 path,
@@ -96,7 +97,7 @@ def ship(adapted: Adapted, task: DecodedTask, folder: Path, tell: OnStage) -> tu
                 setting,
                 sized.goal.costs.predicted_ms(counts),
                 sized.goal.profile is not None and is_here(sized.goal.profile),
-                measure_memory(path, threads=setting.threads) if limited else None,
+                measure_memory(path, threads=setting.threads) if measured else None,
             )
         )
     return latencies[0], tuple(found)
