@@ -24,7 +24,6 @@ from kinprune.report import Tried
 from kinprune.tasks import DecodedTask, Split
 from kinprune.training import hold_back
 
-CALIBRATION_IMAGES = 128
 OnStage = Callable[[str], None]
 
 
@@ -131,7 +130,7 @@ def _export(model: nn.Module, folder: Path, task: DecodedTask, goal: Goal | None
     tell("export")
     folder.mkdir()
     precision = "fp32" if goal is None else goal.precision
-    calibration = fit.images[:CALIBRATION_IMAGES] if precision == "int8" else None
+    calibration = fit.images if precision == "int8" else None
     return export_onnx(
         model,
         folder / EXPORTED,
