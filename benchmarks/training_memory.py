@@ -1,6 +1,6 @@
 """Fine-tuning under a limit of memory: whether it holds, what it costs in time, and what is left of the accuracy.
 
-    python benchmarks/training_memory.py --data DIR --weights DIR [--steps 20] [--json]
+    python benchmarks/training_memory.py --data DIR --weights DIR [--steps 10] [--json]
 
 ``DIR`` of data holds ``trashnet``, ``DIR`` of weights ``resnet18_tinyimagenet64.safetensors``,
 ``mobilenetv2_100.safetensors`` and ``vit_tiny_patch16_224.safetensors``. Each model is pruned once for each keep ratio
@@ -40,7 +40,7 @@ MODELS = {
     "vit_tiny_patch16_224": ("vit_tiny_patch16_224", 96),
 }
 DATA = "trashnet"
-LIMITS = (None, 200, 100, 50, 40)
+LIMITS = (None, 200, 100, 50, 30)
 MEGABYTE = 10**6
 
 
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.1])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--shots", type=int, default=60, help="at most so many training images of each class")
     parser.add_argument("--out", type=Path, default=RESULTS / "training_memory.json")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")

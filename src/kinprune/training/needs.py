@@ -24,7 +24,7 @@ from kinprune.training.recomputation import blocks
 from kinprune.training.step import Lesson, learn_part, teach
 from kinprune.units.copies import copy_around
 
-MARGIN, ALLOWANCE = 1.05, 24 * 2**20
+MARGIN, ALLOWANCE = 1.05, 12 * 2**20
 """What is not seen in tensors, as found by measurement (see benchmarks/training_memory.py): a share of a pass, and the
 bytes of compiled kernels for shapes not met before and of small blocks that the C library keeps."""
 LOOSE_MARGIN, LOOSE_ALLOWANCE = 2.0, 40 * 2**20

@@ -50,11 +50,36 @@ def returned_at_once() -> Iterator[None]:
         return
     tune(_MMAP_THRESHOLD, _OWN_BLOCK)
     tune(_TRIM_THRESHOLD, _OWN_BLOCK)
+    free, held = _fill_holes()
     try:
         yield
     finally:
+        for block in held:
+            free(block)
         tune(_MMAP_THRESHOLD, _USUAL_BLOCK)
         tune(_TRIM_THRESHOLD, 2 * _USUAL_BLOCK)
+
+
+def _fill_holes() -> tuple[Callable[[int], None], list[int]]:
+    """Take the holes of the heap that large blocks would be put in, for they are used before mappings are made.
+
+    They are not written to, so that they stay without memory. Returns how to free the blocks, and the blocks.
+    """
+    give_back_unused()
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    held: list[int] = []
+    size = 2**30
+    while size >= _OWN_BLOCK:
+        block: int | None = library.malloc(size)
+        # The word before a block holds its size, and in the second bit whether it is a mapping.
+        if block is not None and not ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2:
+            held.append(block)
+            continue
+        library.free(block)
+        size //= 2
+    return library.free, held
 
 
 def _of_library(name: str) -> Callable[..., int] | None:
