@@ -41,7 +41,9 @@ from kinprune.devices.widths import round_counts, sample_counts
 from kinprune.selection import Selection
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = "resnet18:224,mobilenetv2_100:224,vit_tiny_patch16_224:224,resnet18:64,mobilenetv2_100:96,vit_tiny_patch16_224:96"
+MODELS = (
+    "resnet18:224,mobilenetv2_100:224,vit_tiny_patch16_224:224,resnet18:64,mobilenetv2_100:96,vit_tiny_patch16_224:96"
+)
 KEEP = (0.5, 0.2, 0.1, 0.05)
 ROUND_TO = 16
 SEED = 11
@@ -154,7 +156,10 @@ class Bench:
                 for round_to in (None, ROUND_TO):
                     peers.append((keep, round_to, *pruned_by_peer(name, self.samples, wanted, round_to, Path(folder))))
             found = self.times([space.sizes, *counts], [path for _, _, path, _ in peers if path is not None])
-        rows = [_row("kinprune", keep, value / whole, ms, found[0]) for keep, value, ms in zip(KEEP, macs, found[1:], strict=False)]
+        rows = [
+            _row("kinprune", keep, value / whole, ms, found[0])
+            for keep, value, ms in zip(KEEP, macs, found[1:], strict=False)
+        ]
         latencies = iter(found[1 + len(KEEP) :])
         for keep, round_to, path, value in peers:
             tool = "torch-pruning" if round_to is None else f"torch-pruning, round_to={round_to}"
@@ -176,7 +181,9 @@ class Bench:
         generator = np.random.default_rng(SEED)
         space, latency = self.space, goal.costs.latency
         assert latency is not None
-        low = float(latency.bound(np.minimum(round_counts(space, space.sizes * 0, goal.multiple), space.sizes)[None])[0])
+        low = float(
+            latency.bound(np.minimum(round_counts(space, space.sizes * 0, goal.multiple), space.sizes)[None])[0]
+        )
         high = float(latency.predict(space.sizes[None])[0])
         found = []
         for _ in range(self.options.masks):
@@ -199,10 +206,20 @@ class Bench:
 
 def _row(tool: str, keep: float, macs: float, ms: float, whole: float) -> dict[str, Any]:
     shown = (1 - ms / whole) / (1 - macs)
-    return {"tool": tool, "keep": keep, "macs": macs, "ms": ms, "whole_ms": whole, "latency": ms / whole, "shown": shown}
+    return {
+        "tool": tool,
+        "keep": keep,
+        "macs": macs,
+        "ms": ms,
+        "whole_ms": whole,
+        "latency": ms / whole,
+        "shown": shown,
+    }
 
 
-def pruned_by_peer(name: str, samples: Samples, macs: int, round_to: int | None, folder: Path) -> tuple[Path | None, Any]:
+def pruned_by_peer(
+    name: str, samples: Samples, macs: int, round_to: int | None, folder: Path
+) -> tuple[Path | None, Any]:
     """torch-pruning's model nearest to ``macs``, exported, and its multiply-accumulates; or None and why not."""
     import torch_pruning
 
