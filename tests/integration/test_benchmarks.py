@@ -11,7 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import timm
 import torch
+
+from kinprune.preprocessing import Preprocessing
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytest.importorskip("torch_pruning", reason="torch-pruning is not installed: pip install 'kinprune[dev]'")
@@ -97,3 +100,30 @@ def test_adapt_says_where_the_seconds_go(
     assert told["of_the_bank"] == pytest.approx(
         sum(found["stages"][name] for name in ("kin", "vote", "inherit")), abs=0.01
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which is Linux's")
+def test_training_memory_tells_peaks_and_refusals(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("training_memory")
+    monkeypatch.setattr(module, "LIMITS", (None, 200, 1))
+
+    def prune(model: str, keep: float, file: Path, options: object) -> dict[str, float]:
+        """Two small models in place of pruned ones, as there need not be any weights here."""
+        models = [timm.create_model("test_vit", num_classes=2, img_size=32) for _ in range(2)]
+        images, labels = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 2
+        torch.save((*models, None, [(images, labels)] * 2, Preprocessing(image_size=(32, 32))), file)
+        return {"start": 0.5, "weight_bytes": 1}
+
+    monkeypatch.setattr(module, "prune", prune)
+    out = tmp_path / "memory.json"
+    words = ["--models", "resnet18", "--keep", "0.5", "--threads", "1", "--steps", "2", "--out", str(out), "--json"]
+    module.main(words)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["held"], found["refused"]) == ("1 of 1", 1)
+    free, limited, refused = json.loads(out.read_text())["rows"]
+    assert free["predicted"] is None and free["peak"] > 0 and "expected a limit of at least" in refused["refused"]
+    assert 0 < limited["peak"] <= limited["predicted"] <= 200 * 10**6
+    assert out.with_suffix(".md").read_text().count("| resnet18 | 0.5 | 1 |") == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -348,3 +349,35 @@ def test_a_watch_sees_what_came_and_went(how: object) -> None:
     total = float(block[::4096].sum())
     del block
     assert 80 * 10**6 < stop() < 200 * 10**6 and total > 0
+
+
+HOLES = """
+import re
+from contextlib import nullcontext
+from pathlib import Path
+import torch
+from kinprune.training.resident import give_back_unused, returned_at_once
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+torch.ones(7 * 10**6)  # from now on, blocks smaller than this are in the heap
+rows = [torch.ones(250_000) for _ in range(160)]
+del rows[::2]
+for way in (nullcontext, returned_at_once, nullcontext):
+    give_back_unused()
+    with way():
+        before = resident()
+        taken = [torch.ones(240_000) for _ in range(50)]
+        assert resident() - before > 40 * 10**6
+        del taken
+        print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps blocks in this way")
+def test_blocks_go_back_at_once_where_the_heap_has_holes_too() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(kp.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True, env=environment)
+    usual, at_once, after = map(int, done.stdout.split())
+    assert at_once < 3 * 10**6 and min(usual, after) > 20 * 10**6
