@@ -42,7 +42,12 @@ from kinprune.selection import Selection
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = (
-    "resnet18:224,mobilenetv2_100:224,vit_tiny_patch16_224:224,resnet18:64,mobilenetv2_100:96,vit_tiny_patch16_224:96"
+    "resnet18:224",
+    "mobilenetv2_100:224",
+    "vit_tiny_patch16_224:224",
+    "resnet18:64",
+    "mobilenetv2_100:96",
+    "vit_tiny_patch16_224:96",
 )
 KEEP = (0.5, 0.2, 0.1, 0.05)
 ROUND_TO = 16
@@ -53,7 +58,9 @@ Counts = NDArray[np.int64]
 def main(words: Sequence[str] | None = None) -> None:
     """Measure every model, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=MODELS, help="timm names with pixels: resnet18:224, with commas between")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help="timm names with pixels: resnet18:224, with commas between"
+    )
     parser.add_argument("--masks", type=int, default=50, help="random masks, and searches, of each model")
     parser.add_argument("--samples", type=int, default=200, help="small models of a profile")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "int8"))
@@ -269,18 +276,20 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Devices",
         "",
-        f"ONNX Runtime, {found['precision']}, {found['threads']} thread(s), one image, on {found['machine']['processor']}"
-        f" ({found['machine']['cores']} cores). Made by `python benchmarks/devices.py`.",
+        f"ONNX Runtime, {found['precision']}, {found['threads']} thread(s), one image, on an"
+        f" {found['machine']['processor']}, nothing else on its core. Made by `python benchmarks/devices.py`.",
         "",
-        "*shown*: the share of the reduction in multiply-accumulates that is a reduction of latency. torch-pruning's models"
-        " have as many multiply-accumulates as Kinprune's, as nearly as its ratio allows; it cuts residual streams as well.",
+        "*shown*: the share of the reduction in multiply-accumulates that is a reduction of latency. torch-pruning's"
+        " models have as many multiply-accumulates as Kinprune's, as nearly as its ratio allows; it cuts residual"
+        " streams as well.",
         "",
         "| model | pixels | whole | tool | keep | MACs left | latency left | shown |",
         "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in found["rows"]:
         for one in row["reductions"]:
-            head = f"| {row['model']} | {row['pixels']} | {row['summary']['whole_ms']:.3g} ms | {one['tool']} | {one['keep']:g} |"
+            whole = f"{row['summary']['whole_ms']:.3g} ms"
+            head = f"| {row['model']} | {row['pixels']} | {whole} | {one['tool']} | {one['keep']:g} |"
             if "failed" in one:
                 lines.append(f"{head} failed | | {one['failed']} |")
             else:
@@ -288,19 +297,20 @@ def page(found: dict[str, Any]) -> str:
     count = found["masks"]
     lines += [
         "",
-        f"Foretold latency of {count} random masks of any widths, and {count} searches for random limits: how many models"
-        " were over the limit by more than 5 % as measured, selected by prediction alone (a device elsewhere) and where"
-        " they are timed and cut further (this machine).",
+        f"Foretold latency of {count} random masks of any widths, and {count} searches for random limits: how many"
+        " models were over the limit by more than 5 % as measured, selected by prediction alone (a device elsewhere) and"
+        " where they are timed and cut further (this machine).",
         "",
-        "| model | pixels | widths | median error | worst error | over, by prediction | over, timed | limit used, timed | profile |",
+        "| model | pixels | widths | median error | worst error | over, by prediction | over, timed | limit used |"
+        " profile |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in found["rows"]:
         one = row["summary"]
         used = float(np.median([search["settled"] for search in row["searches"]]))
         lines.append(
-            f"| {row['model']} | {row['pixels']} | {one['multiple']} | {one['median_error']:.1%} | {one['worst_error']:.1%} "
-            f"| {one['over_by_5_percent_foretold']} of {count} | {one['over_by_5_percent']} of {count} | {used:.0%} "
+            f"| {row['model']} | {row['pixels']} | {one['multiple']} | {one['median_error']:.1%} "
+            f"| {one['worst_error']:.1%} | {one['over_by_5_percent_foretold']} of {count} | {one['over_by_5_percent']} of {count} | {used:.0%} "
             f"| {one['profile_seconds']:.0f} s |"
         )
     return "\n".join(lines) + "\n"

@@ -99,10 +99,11 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Precision",
         "",
-        f"Pruned to {found['keep']:g} of the units, {found['steps']} steps, {found['shots']} training images a class; ONNX"
-        " Runtime, one thread, one image. Made by `python benchmarks/precision.py --data DIR --weights DIR`.",
+        f"Pruned to {found['keep']:g} of the units, {found['steps']} steps, {found['shots']} training images a class;"
+        " ONNX Runtime, one thread, one image. Made by `python benchmarks/precision.py --data DIR --weights DIR`.",
         "",
-        "| model | task | test images | fp32 | fp16 | int8 | int8, points | kB fp32 / fp16 / int8 | ms fp32 / fp16 / int8 |",
+        "| model | task | test images | fp32 | fp16 | int8 | int8, points | kB fp32 / fp16 / int8 |"
+        " ms fp32 / fp16 / int8 |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in found["rows"]:
@@ -112,7 +113,8 @@ def page(found: dict[str, Any]) -> str:
         sizes = " / ".join(f"{one['bytes'] / 1000:.0f}" for one in each)
         latencies = " / ".join(f"{one['ms']:.2f}" for one in each)
         lines.append(
-            f"| {row['model']} | {row['task']} | {row['images']} | {accuracies} | {points:+.1f} | {sizes} | {latencies} |"
+            f"| {row['model']} | {row['task']} | {row['images']} | {accuracies} | {points:+.1f} "
+            f"| {sizes} | {latencies} |"
         )
     return "\n".join(lines) + "\n"
 
