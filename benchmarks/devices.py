@@ -298,8 +298,8 @@ def page(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"Foretold latency of {count} random masks of any widths, and {count} searches for random limits: how many"
-        " models were over the limit by more than 5 % as measured, selected by prediction alone (a device elsewhere) and"
-        " where they are timed and cut further (this machine).",
+        " models were over the limit by more than 5 % as measured, selected by prediction alone (a device elsewhere)"
+        " and where they are timed and cut further (this machine).",
         "",
         "| model | pixels | widths | median error | worst error | over, by prediction | over, timed | limit used |"
         " profile |",
@@ -310,8 +310,8 @@ def page(found: dict[str, Any]) -> str:
         used = float(np.median([search["settled"] for search in row["searches"]]))
         lines.append(
             f"| {row['model']} | {row['pixels']} | {one['multiple']} | {one['median_error']:.1%} "
-            f"| {one['worst_error']:.1%} | {one['over_by_5_percent_foretold']} of {count} | {one['over_by_5_percent']} of {count} | {used:.0%} "
-            f"| {one['profile_seconds']:.0f} s |"
+            f"| {one['worst_error']:.1%} | {one['over_by_5_percent_foretold']} of {count} "
+            f"| {one['over_by_5_percent']} of {count} | {used:.0%} | {one['profile_seconds']:.0f} s |"
         )
     return "\n".join(lines) + "\n"
 
