@@ -24,9 +24,9 @@ from kinprune.training.recomputation import blocks
 from kinprune.training.step import Lesson, learn_part, teach
 from kinprune.units.copies import copy_around
 
-MARGIN, ALLOWANCE = 1.05, 12 * 2**20
-"""What is not seen in tensors, as found by measurement (see benchmarks/training_memory.py): a share of a pass, and the
-bytes of compiled kernels for shapes not met before and of small blocks that the C library keeps."""
+MARGIN, ALLOWANCE, KERNELS = 1.05, 10 * 2**20, 80 * 2**10
+"""What is not seen in tensors, as measured (see benchmarks/training_memory.py): a share of a pass; the bytes
+of small blocks that the C library keeps; and for each layer those of the kernels compiled for its shapes."""
 LOOSE_MARGIN, LOOSE_ALLOWANCE = 2.0, 40 * 2**20
 """The same where free blocks are kept for later, as they are unless the plan is compact."""
 Phase = Literal["learn", "teach", "judge"]
@@ -72,6 +72,12 @@ class Needs:
         return found if found and self.recomputes_exactly(found) else ()
 
     @cached_property
+    def matrices(self) -> int:
+        """The layers of the model and its teacher that multiply."""
+        models = [self.model] if self.lesson.teacher is None else [self.model, self.lesson.teacher]
+        return sum(value.ndim > 1 for model in models for name, value in model.named_parameters() if "weight" in name)
+
+    @cached_property
     def folded(self) -> list[bool]:
         """For each batch norm, whether it stays frozen whatever the recipe says."""
         return [is_folded(norm) for norm in batch_norms(self.model)]
@@ -104,7 +110,7 @@ class Needs:
             # The optimiser's step makes a few tensors of the size of a parameter.
             own = max(self.pass_of(phase, plan, plan.micro_batch), 3 * max(trained, default=0))
         margin, allowance = (MARGIN, ALLOWANCE) if plan.compact else (LOOSE_MARGIN, LOOSE_ALLOWANCE)
-        return rest + int(margin * own) + allowance
+        return rest + int(margin * own) + allowance + KERNELS * self.matrices
 
     def pass_of(self, phase: Phase, plan: MemoryPlan, images: int) -> int:
         """The bytes of tensors alive at the peak of a pass over so many images, above what rests.
