@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -20,6 +19,7 @@ from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
 from kinprune.devices.goal import Goal, plain_goal, reachable_goals
 from kinprune.devices.settling import settle, time_model, timed_here
+from kinprune.election import Electorate, Trial, elect, pick
 from kinprune.errors import BankError, BudgetError, TrainingError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
 from kinprune.importance import Scores, draw_batches, normalise, score
@@ -27,12 +27,12 @@ from kinprune.inheritance import Donor, inherit
 from kinprune.kin import Neighbour, find_kin, rank_exactly
 from kinprune.pruning import OnStep, repair
 from kinprune.quantities import byte_count
-from kinprune.selection import Budget, Selection, select, select_family
+from kinprune.selection import Budget, Selection, select
 from kinprune.tasks import DecodedTask, Split
 from kinprune.training import TrainingResult, fine_tune, hold_back, least_limit
 from kinprune.transferability import Target
 from kinprune.units import Costs, Mask, UnitSpace, extract
-from kinprune.voting import Ballot, ballot_mvp, ballot_ranking, ballot_smsp, neighbour_weights
+from kinprune.voting import Ballot, neighbour_weights
 
 NEARLY = 0.9
 """The share of what the least fine-tuning is foretold to take, by units of no merit, below which a limit is refused."""
@@ -173,17 +173,6 @@ def check_training_memory(backbone: Backbone, space: UnitSpace, goals: Sequence[
             )
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A way to a model: the places of the neighbours that vote, nearest first, the target's own share in it, and whose
-    weights are taken: *nearest* is the nearest voter's.
-    """
-
-    voters: tuple[int, ...]
-    blend: float
-    inherited: Inheritance
-
-
 @dataclass(frozen=True, eq=False)
 class _Start:
     """A model in closed form, with weights from where ``inherited`` says."""
@@ -202,7 +191,7 @@ class _Start:
 class _Choice:
     """The way that was chosen for all sizes, and the start of the smallest, at ``place``, that it was chosen by."""
 
-    trial: _Trial
+    trial: Trial
     ballots: Sequence[Ballot]
     selections: Sequence[Selection]
     place: int
@@ -259,60 +248,6 @@ class _Work:
         with self.stage("vote", "vote"):
             return self.bank.lessons([neighbour.entry.id for neighbour in neighbours])
 
-    def elect(
-        self, lessons: Lessons, weights: Sequence[float], goals: Sequence[Goal], own: Scores | None, trial: _Trial
-    ) -> tuple[list[Ballot], list[Selection]]:
-        """A ballot and a selection for each goal; with SMSP one ballot serves all, and those of one device nest."""
-        plan, space, blend = self.plan, self.space, trial.blend
-        voters = list(trial.voters)
-        kept = lessons.kept[voters] if plan.score_mask == "kept" else None
-        rankings, scores, shares = lessons.rankings[voters], lessons.scores[voters], np.array(weights)[voters]
-        with self.stage("vote", "vote"):
-            if plan.method == "smsp":
-                ballot = (
-                    ballot_ranking(space, rankings[0])
-                    if len(voters) == 1 and blend == 0
-                    else ballot_smsp(space, kept, scores, shares, own=own, share=blend)
-                )
-                ballots = [ballot] * len(goals)
-                if len({(goal.device, goal.precision, goal.multiple) for goal in goals}) == 1:
-                    return ballots, self.nest(ballot, goals)
-            else:
-                mixed: dict[str, Any] = {"own": own, "share": blend}
-                ballots = [
-                    ballot_mvp(
-                        space, rankings, scores, shares, one.budget, multiple=one.multiple, costs=one.costs, **mixed
-                    )
-                    for one in goals
-                ]
-            return ballots, [self.pick(one, goal, goal.budget) for one, goal in zip(ballots, goals, strict=True)]
-
-    def nest(self, ballot: Ballot, goals: Sequence[Goal]) -> list[Selection]:
-        """A family of one device: one lies within the other."""
-        return select_family(
-            self.space,
-            ballot.scores,
-            [goal.budget for goal in goals],
-            ties=ballot.ties,
-            multiple=goals[0].multiple,
-            costs=goals[0].costs,
-            allocation=self.plan.allocation,
-            normalisation=self.plan.normalisation,
-        )
-
-    def pick(self, ballot: Ballot, goal: Goal, budget: Budget) -> Selection:
-        """The best mask of a ballot under a budget, in the goal's costs and widths."""
-        return select(
-            self.space,
-            ballot.scores,
-            budget,
-            ties=ballot.ties,
-            multiple=goal.multiple,
-            costs=goal.costs,
-            allocation=self.plan.allocation,
-            normalisation=self.plan.normalisation,
-        )
-
     def settle(self, choice: _Choice, donors: Sequence[Donor], goals: Sequence[Goal]) -> _Choice:
         """Cut further what this machine, where it is the device, runs slower than it may.
 
@@ -340,7 +275,7 @@ class _Work:
         return settle(
             goal.budget.latency_ms,
             selection,
-            lambda aim: self.pick(ballot, goal, replace(goal.budget, latency_ms=aim)),
+            lambda aim: pick(self.space, ballot, goal, self.plan, replace(goal.budget, latency_ms=aim)),
             milliseconds,
         )
 
@@ -356,7 +291,7 @@ class _Work:
                 for neighbour, kept, weight in asked
             ]
 
-    def begin(self, mask: Mask, donors: Sequence[Donor], trial: _Trial) -> _Start:
+    def begin(self, mask: Mask, donors: Sequence[Donor], trial: Trial) -> _Start:
         """Extract a model with the weights it inherits, and bring it to its start in closed form."""
         lenders = {"backbone": (), "nearest": trial.voters[:1]}.get(trial.inherited, trial.voters)
         given = [donors[place] for place in lenders]
@@ -383,18 +318,18 @@ class _Work:
             )
         return _Start(trial.inherited, small, closed)
 
-    def trials(self, neighbours: Sequence[Neighbour]) -> tuple[_Trial, ...]:
+    def trials(self, neighbours: Sequence[Neighbour]) -> tuple[Trial, ...]:
         """The ways that the plan leaves open."""
         plan, every = self.plan, tuple(range(len(neighbours)))
         if plan.inheritance != "auto":
             blends = (0.0, 1.0) if plan.blend is None else (plan.blend,)
-            return tuple(_Trial(every, blend, plan.inheritance) for blend in blends)
+            return tuple(Trial(every, blend, plan.inheritance) for blend in blends)
         kin = 0.0 if plan.blend is None else plan.blend
-        found = [_Trial(every, kin, "average"), _Trial(every, kin, "backbone")]
+        found = [Trial(every, kin, "average"), Trial(every, kin, "backbone")]
         if plan.blend is None and plan.search.which == "nearest":
             broadest = max(every, key=lambda place: len(neighbours[place].entry.classes))
-            found += [_Trial((place,), 0.0, "nearest") for place in dict.fromkeys((0, broadest))]
-            found.append(_Trial(every, 1.0, "backbone"))
+            found += [Trial((place,), 0.0, "nearest") for place in dict.fromkeys((0, broadest))]
+            found.append(Trial(every, 1.0, "backbone"))
         return tuple(found)
 
     def choose(
@@ -410,7 +345,8 @@ class _Work:
         own = self.own_scores() if any(trial.blend for trial in trials) else None
         best: _Choice | None = None
         for trial in trials:
-            ballots, selections = self.elect(lessons, weights, goals, own, trial)
+            with self.stage("vote", "vote"):
+                ballots, selections = elect(self.space, Electorate(lessons, weights, own), trial, goals, self.plan)
             place = min(range(len(goals)), key=lambda number: selections[number].costs.parameters)
             start = self.begin(selections[place].mask, donors, trial)
             if best is None or start.judged < best.start.judged:
