@@ -58,8 +58,10 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def needs_of(model: nn.Module, recipe: Recipe, split: Split, moments: int = 1) -> Needs:
-    lesson = Lesson(model, None, PREPROCESSING, recipe, "float32")
+def needs_of(
+    model: nn.Module, recipe: Recipe, split: Split, moments: int = 1, teacher: nn.Module | None = None
+) -> Needs:
+    lesson = Lesson(model, teacher, PREPROCESSING, recipe, "float32")
     return Needs(lesson, split.images, min(recipe.batch_size, len(split.labels)), moments)
 
 
@@ -85,7 +87,7 @@ def test_parts_learn_what_the_whole_mini_batch_does() -> None:
     recipe, split = replace(EXACT, label_smoothing=0.1, learning_rate=1e-3), noise(44)
     free, limited = model_of("test_vit"), model_of("test_vit")
     first = fine_tune(free, split, PREPROCESSING, recipe, teacher=model_of("test_resnet"))
-    needs = needs_of(limited, recipe, split, moments=2)
+    needs = needs_of(limited, recipe, split, moments=2, teacher=model_of("test_resnet").eval())
     limit = needs.predict(MemoryPlan(32, parts=4, compact=True, taught_at_once=1, judged_at_once=1))
     second = fine_tune(limited, split, PREPROCESSING, recipe, teacher=model_of("test_resnet"), memory_limit=limit)
     assert second.memory is not None
