@@ -69,12 +69,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
     options = parser.parse_args(words)
     started = time.perf_counter()
-    rows = []
+    before = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    measured = {(row["model"], row["pixels"]): row for row in before}
     for one in options.models.split(","):
         name, _, pixels = one.partition(":")
-        rows.append(measure(name, int(pixels), options))
+        measured[name, int(pixels)] = row = measure(name, int(pixels), options)
         if not options.json:
-            print(json.dumps(rows[-1]["summary"]), flush=True)
+            print(json.dumps(row["summary"]), flush=True)
+    rows = list(measured.values())
     found = {
         "precision": options.precision,
         "threads": options.threads,
