@@ -36,7 +36,7 @@ from kinprune.devices.kit import Samples
 from kinprune.devices.noise import NOISE_FILE, write_noise
 from kinprune.devices.profile import make_samples, profile_here
 from kinprune.devices.settling import settle
-from kinprune.devices.timing import Setting, open_timed, time_sessions
+from kinprune.devices.timing import Setting, time_models
 from kinprune.devices.widths import round_counts, sample_counts
 from kinprune.selection import Selection
 
@@ -115,16 +115,14 @@ class Bench:
 
     def times(self, rows: Sequence[Counts], extra: Sequence[Path] = ()) -> list[float]:
         """Milliseconds of the models that keep ``rows``, and of other files, all in turn."""
-        size = self.samples.image_size
         with tempfile.TemporaryDirectory() as folder:
             write_noise(Path(folder) / NOISE_FILE, self.samples.template.segments.values())
             paths = []
             for number, counts in enumerate(rows):
                 paths.append(Path(folder) / f"{number}.onnx")
                 paths[-1].write_bytes(self.samples.template.at(counts))
-            sessions = [open_timed(path, self.options.threads) for path in (*paths, *extra)]
-            image = np.random.default_rng(0).standard_normal((1, 3, *size), dtype=np.float32)
-            return time_sessions(sessions, [image] * len(sessions), 9)
+            every = [*paths, *extra]
+            return time_models(every, [Setting(self.options.threads, rounds=6)] * len(every))
 
     def run(self, name: str, pixels: int, goal: Goal, seconds: float) -> dict[str, Any]:
         """Reductions, predictions and searches."""

@@ -78,9 +78,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, default="validation")
     parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="every N-th target task")
     parser.add_argument("--workers", type=int, default=1, help="processes that build the bank")
-    parser.add_argument(
-        "--tasks", type=int, help="narrow source tasks of the bank, not the protocol's"
-    )
+    parser.add_argument("--tasks", type=int, help="narrow source tasks of the bank, not the protocol's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="the same made tiny: see that all of it runs")
     parser.add_argument("--out", type=Path, help="the file of rows")

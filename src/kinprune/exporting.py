@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from kinprune.adaptation import Adapted, Sized
@@ -19,7 +18,7 @@ from kinprune.devices import evaluate_exported, export_onnx
 from kinprune.devices.goal import Goal
 from kinprune.devices.memory import MemoryUse, measure_memory
 from kinprune.devices.profile import is_here
-from kinprune.devices.timing import ROUNDS, Setting, open_timed, time_sessions
+from kinprune.devices.timing import Setting, time_models
 from kinprune.report import Tried
 from kinprune.tasks import DecodedTask, Split
 from kinprune.training import hold_back
@@ -79,7 +78,7 @@ def ship(adapted: Adapted, task: DecodedTask, folder: Path, tell: OnStage) -> tu
     ]
     tell("latency")
     settings = [_setting(sized.goal) for sized in adapted.sizes]
-    latencies = _latencies([whole, *paths], [Setting(), *settings], task)
+    latencies = time_models([whole, *paths], [Setting(), *settings])
     tell("trying the exports")
     found = []
     for sized, path, setting, latency in zip(adapted.sizes, paths, settings, latencies[1:], strict=True):
@@ -139,13 +138,3 @@ def _export(model: nn.Module, folder: Path, task: DecodedTask, goal: Goal | None
         precision=precision,
         calibration=calibration,
     ).path
-
-
-def _latencies(paths: Sequence[Path], settings: Sequence[Setting], task: DecodedTask) -> list[float]:
-    """Milliseconds of each model, all of them in turn; the whole model with one thread and one image."""
-    size = task.preprocessing.image_size
-    images = [
-        np.random.default_rng(0).standard_normal((setting.batch, 3, *size), dtype=np.float32) for setting in settings
-    ]
-    sessions = [open_timed(path, setting.threads) for path, setting in zip(paths, settings, strict=True)]
-    return time_sessions(sessions, images, 2 * ROUNDS)

@@ -91,7 +91,7 @@ def test_latencies_are_of_the_models_in_their_order(family: Family, tmp_path: Pa
     kp.export_onnx(wide.model, tmp_path / "wide.onnx", classes=("a", "b", "c"), preprocessing=wide.preprocessing)
     small, large = time_models([path, tmp_path / "wide.onnx"])
     assert large > 5 * small  # 150 million multiplications and more, against less than one
-    with pytest.raises(DeviceError, match=r"none\.onnx cannot be read"):
+    with pytest.raises(DeviceError, match=r"cannot run .*none\.onnx"):
         time_models([tmp_path / "none.onnx"])
 
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from kinprune.devices import timing
 from kinprune.devices.device import Device, Profile, this_machine, write_device
 from kinprune.devices.noise import NOISE_FILE, Segment, write_noise
-from kinprune.devices.timing import PASSES, ROUNDS, Setting, open_timed, time_files, time_sessions
+from kinprune.devices.timing import Setting
 from kinprune.errors import DeviceError
 
 OnTimed = Callable[[int, int], None]
@@ -55,16 +54,12 @@ def time_models(paths: Sequence[Path], threads: int = 1, batch: int = 1) -> list
     Raises DeviceError where ONNX Runtime is missing, or a file is none that it reads.
     """
     _need_onnxruntime()
-    sessions = []
-    for path in paths:
-        try:
-            sessions.append(open_timed(path, threads))
-        except Exception as error:  # ONNX Runtime's errors have no base of their own; the cause stays attached
-            raise DeviceError(f"{path} cannot be read by ONNX Runtime ({error}): give an exported .onnx") from error
-    shapes = [session.get_inputs()[0].shape[1:] for session in sessions]
-    noise = np.random.default_rng(0)
-    images = [noise.standard_normal((batch, *shape), dtype=np.float32) for shape in shapes]
-    return time_sessions(sessions, images, PASSES * ROUNDS)
+    setting = Setting(threads, batch)
+    try:
+        return timing.time_models(paths, [setting] * len(paths))
+    except Exception as error:  # ONNX Runtime's errors have no base of their own; the cause stays attached
+        named = ", ".join(str(path) for path in paths)
+        raise DeviceError(f"ONNX Runtime cannot run {named} ({error}): give exported .onnx files") from error
 
 
 def _need_onnxruntime() -> Any:
@@ -90,7 +85,7 @@ def run_kit(kit: Path, name: str, threads: int, batch: int, on_timed: OnTimed | 
         for one in found:
             described = json.loads((Path(folder) / one).read_text())
             device = device.with_profile(
-                time_samples((Path(folder) / one).parent, described, Setting(threads, batch, ROUNDS), on_timed)
+                time_samples((Path(folder) / one).parent, described, Setting(threads, batch), on_timed)
             )
     return device
 
@@ -107,7 +102,7 @@ def time_samples(
     paths = [folder / f"{number:04d}.onnx" for number in range(len(described["counts"]))]
     size = described["image_size"]
     try:
-        milliseconds = time_files(paths, (size[0], size[1]), setting, on_timed)
+        milliseconds = timing.time_many(paths, setting, on_timed)
     except Exception as error:  # ONNX Runtime's errors have no base of their own; the cause stays attached
         raise DeviceError(f"ONNX Runtime {onnxruntime.__version__} cannot run the models here: {error}") from error
     return Profile(

@@ -6,13 +6,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 from kinprune.devices.goal import Goal
 from kinprune.devices.onnx import export_onnx, missing_package
 from kinprune.devices.profile import is_here
-from kinprune.devices.timing import ROUNDS, open_timed, time_sessions
+from kinprune.devices.timing import Setting, time_models
 from kinprune.errors import BudgetError
 from kinprune.preprocessing import Preprocessing
 from kinprune.selection import Selection
@@ -74,6 +73,4 @@ def time_model(
             precision=goal.precision,
             calibration=images[:CALIBRATION_IMAGES] if goal.precision == "int8" else None,
         )
-        size = preprocessing.image_size
-        image = np.random.default_rng(0).standard_normal((profile.batch, 3, *size), dtype=np.float32)
-        return time_sessions([open_timed(path, profile.threads)], [image], 2 * ROUNDS)[0]
+        return time_models([path], [Setting(profile.threads, profile.batch)])[0]

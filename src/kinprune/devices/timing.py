@@ -1,7 +1,7 @@
 """Timing: how long ONNX Runtime takes for models that run in turn, so that a busy moment meets all of them.
 
-A model's figure is the lower quartile of its single runs, which lie rounds apart: what the device takes when nothing
-else is in the way. This module needs ONNX Runtime and NumPy alone: it is part of the kit that runs on devices.
+A model's figure is the lower quartile of its single runs, which lie rounds apart, in the best of a few loads: what the
+device takes when nothing else is in the way. This module needs ONNX Runtime and NumPy alone: it is part of the kit that runs on devices.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDS = 4
-PASSES = 2
+ROUNDS = 3
+PASSES = 3
 LEAST_RUNS = 2
 SLICE = 0.012
 """Seconds that a model runs at least in a round."""
@@ -67,20 +67,37 @@ def _slice(session: Any, image: NDArray[np.float32]) -> list[float]:
     return runs
 
 
-def time_files(
-    paths: Sequence[Path], image_size: tuple[int, int], setting: Setting, on_timed: OnTimed | None = None
-) -> list[float]:
-    """Milliseconds of a run for each of many files: the better of ``PASSES`` timings, minutes apart.
+def time_models(paths: Sequence[Path], settings: Sequence[Setting]) -> list[float]:
+    """Milliseconds of a run for each of a few files, in turn: the best of ``PASSES`` loads of each.
 
-    A few files are in memory at a time. What else a device does only ever makes a run longer, so that the better one
-    is nearer to the truth.
+    Where a load's weights happen to lie in memory makes some runs slower by a tenth, for as long as it is loaded; what
+    else a device does only ever makes a run longer. So the best is what the model takes.
     """
-    image = np.random.default_rng(0).standard_normal((setting.batch, 3, *image_size), dtype=np.float32)
+    best = [np.inf] * len(paths)
+    for _ in range(PASSES):
+        sessions = [open_timed(path, setting.threads) for path, setting in zip(paths, settings, strict=True)]
+        images = [_image(session, setting.batch) for session, setting in zip(sessions, settings, strict=True)]
+        found = time_sessions(sessions, images, max((setting.rounds for setting in settings), default=ROUNDS))
+        best = [min(pair) for pair in zip(best, found, strict=True)]
+    return best
+
+
+def _image(session: Any, batch: int) -> NDArray[np.float32]:
+    shape = session.get_inputs()[0].shape[1:]
+    return np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
+
+
+def time_many(paths: Sequence[Path], setting: Setting, on_timed: OnTimed | None = None) -> list[float]:
+    """Milliseconds of a run for each of many files, as ``time_models``; a few are in memory at a time.
+
+    The passes are minutes apart, so that a busy minute does not meet all timings of a model.
+    """
     best = [np.inf] * len(paths)
     for number in range(PASSES):
         for start in range(0, len(paths), TOGETHER):
             sessions = [open_timed(path, setting.threads) for path in paths[start : start + TOGETHER]]
-            for place, found in enumerate(time_sessions(sessions, [image] * len(sessions), setting.rounds), start):
+            images = [_image(session, setting.batch) for session in sessions]
+            for place, found in enumerate(time_sessions(sessions, images, setting.rounds), start):
                 best[place] = min(best[place], found)
             if on_timed is not None:
                 on_timed(number * len(paths) + start + len(sessions), PASSES * len(paths))
