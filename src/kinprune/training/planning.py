@@ -18,19 +18,19 @@ from kinprune.training.needs import Needs, Phase, as_it_was
 from kinprune.training.recipe import LEAST_BATCH, MOMENTS, Recipe, optimiser_name, resolve_precision
 from kinprune.training.step import Lesson
 
-SLOW = 8
-"""Images below which passes are slow for their size: a mini-batch in parts of 4 takes twice the time of one in parts
-of 16, while recomputation adds two fifths (ResNet-18, MobileNetV2 and ViT-tiny, on one core)."""
+SLOW, SLOWEST = 8, 4
+"""Images below which passes are slow for their size, and very slow: a mini-batch in parts of 4 takes twice the time of
+one in parts of 16, in parts of 1 five to nine times, while recomputation adds two fifths (ResNet-18, MobileNetV2 and
+ViT-tiny, on one core)."""
 
 
 def plan_memory(needs: Needs, limit: int) -> MemoryPlan:
     """How to stay under ``limit`` bytes.
 
     In this order: the whole mini-batch at once, where it fits with room to spare, or with every block of memory given
-    back at once; the largest part of it that fits, halved as often as needed;
-    recomputation of blocks; parts too small to be quick; the earliest layers not trained. Batch norm that trains on
-    statistics keeps them, in parts of at least ``LEAST_BATCH`` images, with recomputation where it must, before it is
-    frozen.
+    back at once; the largest part of it that fits, halved as often as needed; recomputation of blocks; the earliest
+    layers not trained, before parts become so small that they are very slow. Batch norm that trains on statistics
+    keeps them, in parts of at least ``LEAST_BATCH`` images, with recomputation where it must, before it is frozen.
 
     Raises:
         TrainingError: nothing fits; the message names the smallest limit that something fits in.
@@ -80,7 +80,7 @@ def _last(needs: Needs, limit: int | None) -> MemoryPlan:
 
 def _ways(needs: Needs, limit: int) -> Iterator[tuple[MemoryPlan, int]]:
     """Plans whose sizes are still open, least cost first, each with the fewest images that a part may have."""
-    small = min(SLOW, needs.batch_size)
+    small, smallest = min(SLOW, needs.batch_size), min(SLOWEST, needs.batch_size)
     roomy = MemoryPlan(needs.batch_size, limit=limit)
     yield roomy, needs.batch_size
     plain = replace(roomy, compact=True)
@@ -91,8 +91,8 @@ def _ways(needs: Needs, limit: int) -> Iterator[tuple[MemoryPlan, int]]:
         plain = replace(plain, norms_frozen=True)
     yield plain, small
     if needs.blocks:
-        yield replace(plain, recomputed=needs.blocks), 1
-    yield plain, 1
+        yield replace(plain, recomputed=needs.blocks), smallest
+    yield plain, smallest
     if needs.statistics:
         yield from _freezing(needs, replace(_last(needs, limit), norms_frozen=False), LEAST_BATCH)
     yield from _freezing(needs, _last(needs, limit), small)
