@@ -1,7 +1,8 @@
 """Timing: how long ONNX Runtime takes for models that run in turn, so that a busy moment meets all of them.
 
 A model's figure is the lower quartile of its single runs, which lie rounds apart, in the best of a few loads: what the
-device takes when nothing else is in the way. This module needs ONNX Runtime and NumPy alone: it is part of the kit that runs on devices.
+device takes when nothing else is in the way. This module needs ONNX Runtime and NumPy alone: it is part of the kit that
+runs on devices.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def time_sessions(sessions: Sequence[Any], images: Sequence[NDArray[np.float32]]
 
 
 def _slice(session: Any, image: NDArray[np.float32]) -> list[float]:
+    """Seconds of single runs, one after the other; before them one that brings the weights into the caches again."""
+    session.run(None, {"images": image})
     runs: list[float] = []
     begun = last = perf_counter()
     while len(runs) < LEAST_RUNS or last - begun < SLICE:
