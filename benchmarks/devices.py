@@ -36,7 +36,7 @@ from kinprune.devices.kit import Samples
 from kinprune.devices.noise import NOISE_FILE, write_noise
 from kinprune.devices.profile import make_samples, profile_here
 from kinprune.devices.settling import settle
-from kinprune.devices.timing import Setting, time_models
+from kinprune.devices.timing import Setting, time_loads
 from kinprune.devices.widths import round_counts, sample_counts
 from kinprune.selection import Selection
 
@@ -113,7 +113,7 @@ class Bench:
         self.space = space
         self.options = options
 
-    def times(self, rows: Sequence[Counts], extra: Sequence[Path] = ()) -> list[float]:
+    def times(self, rows: Sequence[Counts], extra: Sequence[Path] = (), *, slowest: bool = False) -> list[float]:
         """Milliseconds of the models that keep ``rows``, and of other files, all in turn."""
         with tempfile.TemporaryDirectory() as folder:
             write_noise(Path(folder) / NOISE_FILE, self.samples.template.segments.values())
@@ -122,7 +122,8 @@ class Bench:
                 paths.append(Path(folder) / f"{number}.onnx")
                 paths[-1].write_bytes(self.samples.template.at(counts))
             every = [*paths, *extra]
-            return time_models(every, [Setting(self.options.threads, rounds=6)] * len(every))
+            found = time_loads(every, [Setting(self.options.threads, rounds=6)] * len(every))
+            return [float(value) for value in (found.max(axis=0) if slowest else found.min(axis=0))]
 
     def run(self, name: str, pixels: int, goal: Goal, seconds: float) -> dict[str, Any]:
         """Reductions, predictions and searches."""
@@ -201,7 +202,7 @@ class Bench:
                 return kp.select(space, scores, kp.Budget(latency_ms=aim), multiple=goal.multiple, costs=goal.costs)
 
             def milliseconds(selection: Selection) -> float:
-                return self.times([space.counts(selection.mask.kept)])[0]
+                return self.times([space.counts(selection.mask.kept)], slowest=True)[0]
 
             first = pick(limit)
             settled = settle(limit, first, pick, milliseconds)

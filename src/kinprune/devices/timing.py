@@ -73,16 +73,22 @@ def _slice(session: Any, image: NDArray[np.float32]) -> list[float]:
 def time_models(paths: Sequence[Path], settings: Sequence[Setting]) -> list[float]:
     """Milliseconds of a run for each of a few files, in turn: the best of ``PASSES`` loads of each.
 
-    Where a load's weights happen to lie in memory makes some runs slower by a tenth, for as long as it is loaded; what
-    else a device does only ever makes a run longer. So the best is what the model takes.
+    What else a device does only ever makes a run longer, so that the best is nearest to what the model takes.
     """
-    best = [np.inf] * len(paths)
+    return [float(value) for value in time_loads(paths, settings).min(axis=0)]
+
+
+def time_loads(paths: Sequence[Path], settings: Sequence[Setting]) -> NDArray[np.float64]:
+    """Milliseconds of each of ``PASSES`` loads of each file, ``[passes, n]``.
+
+    Where a load's weights happen to lie in memory makes some slower by a tenth, for as long as they are loaded.
+    """
+    found = []
     for _ in range(PASSES):
         sessions = [open_timed(path, setting.threads) for path, setting in zip(paths, settings, strict=True)]
         images = [_image(session, setting.batch) for session, setting in zip(sessions, settings, strict=True)]
-        found = time_sessions(sessions, images, max((setting.rounds for setting in settings), default=ROUNDS))
-        best = [min(pair) for pair in zip(best, found, strict=True)]
-    return best
+        found.append(time_sessions(sessions, images, max(setting.rounds for setting in settings)))
+    return np.array(found)
 
 
 def _image(session: Any, batch: int) -> NDArray[np.float32]:
