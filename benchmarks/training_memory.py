@@ -164,7 +164,9 @@ def line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     free = next(
         (other for other in rows if other["limit"] is None and same_run(other, row) and "cpu_seconds" in other), None
     )
-    times = "" if free is None else f"{row['cpu_seconds'] / free['cpu_seconds']:.2f}"
+    # Threads that wait for each other use the processor too, the more the busier the machine is.
+    alone = free is not None and row["threads"] == 1
+    times = f"{row['cpu_seconds'] / free['cpu_seconds']:.1f}" if free is not None and alone else ""
     predicted = "" if row["predicted"] is None else f"{row['predicted'] / MEGABYTE:.0f} MB"
     return (
         f"{head}| {predicted} | {row['peak'] / MEGABYTE:.0f} MB | {row['micro_batch']} | {how(row)} | {times} "
@@ -199,8 +201,9 @@ def page(found: dict[str, Any]) -> str:
         f"{found['shots']} training images a class. Predicted: the peak that the plan foretells; peak: the most "
         "resident memory while it ran, above what was resident just before, each run in a process of its own. Images: "
         "those that went through the model at once. Recomputed: blocks run again in the backward pass; fixed: the "
-        "earliest layers and blocks, not trained. Time: processor time in parts of that without a limit, planning "
-        "included. Start: the accuracy in closed form, before any step.\n\n"
+        "earliest layers and blocks, not trained. Time, on one thread: processor time in parts of that without a "
+        "limit, planning (2 to 5 s, as long as some ten steps) included. Start: the accuracy in closed form, before "
+        "any step.\n\n"
     )
     head = "| model | keep | threads | limit | predicted | peak | images | besides | time | start | accuracy |\n"
     return title + told + head + "|---" * 11 + "|\n" + "\n".join(line(row, rows) for row in rows) + "\n"
