@@ -35,6 +35,8 @@ ROOT = Path(__file__).parents[2]
 NAMES = {"vit": "ViT-tiny", "mobile": "MobileNetV2", "cnn-cifar": "ResNet-18"}
 """The protocols of the page, and what their figures call them."""
 UNSEEN = {"vit-unseen": "ViT-tiny", "mobile-unseen": "MobileNetV2", "cnn-unseen": "ResNet-18"}
+SIZED = {"vit-broad": "ViT-tiny", "mobile-broad": "MobileNetV2", "cnn-broad": "ResNet-18"}
+"""Protocols of several keep ratios, with banks of a broad task and a few narrow ones."""
 PARTS = {
     "kin's units, backbone's weights": "kin",
     "own units, kin's weights": "kin",
@@ -50,11 +52,11 @@ BLOCK = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = Mapping[str, Sequence[Row]]
 
 
-def tables(rows: Rows, unseen: Rows, costs: Mapping[str, Costs]) -> dict[str, Callable[[], str]]:
+def tables(rows: Rows, unseen: Rows, costs: Mapping[str, Costs], sized: Rows) -> dict[str, Callable[[], str]]:
     """Every table that a page may name."""
     found: dict[str, Callable[[], str]] = {
         "steps": lambda: _steps(rows),
-        "sizes": lambda: _varied(rows, "keep", 15),
+        "sizes": lambda: _sizes(sized),
         "shots": lambda: _varied(rows, "shots", 0),
         "sources": lambda: _varied(rows, "sources", 0),
         "similarity": lambda: _similarity(rows),
@@ -80,22 +82,26 @@ def fill(page: str, known: Mapping[str, Callable[[], str]]) -> str:
     return BLOCK.sub(written, page)
 
 
-def read_results(results: Path) -> tuple[Rows, Rows, dict[str, Costs]]:
-    """The rows of each protocol of the page that has any, those on unseen data sets, and the protocols' costs."""
+def read_results(results: Path) -> tuple[Rows, Rows, dict[str, Costs], Rows]:
+    """The rows of each protocol of the page that has any, those on unseen data sets, the protocols' costs, and the
+    rows at several sizes.
+    """
     rows = {name: found for name in NAMES if (found := read_rows(results / f"{name}.jsonl"))}
     unseen = {name: found for name in UNSEEN if (found := read_rows(results / f"{name}.jsonl"))}
     costs = {name: costs_of(results / f"{name}.bank.json", one) for name, one in rows.items()}
-    return rows, unseen, {name: one for name, one in costs.items() if one is not None}
+    sized = {name: found for name in SIZED if (found := read_rows(results / f"{name}.jsonl"))}
+    return rows, unseen, {name: one for name, one in costs.items() if one is not None}, sized
 
 
-def draw(rows: Rows, costs: Mapping[str, Costs], folder: Path) -> None:
+def draw(rows: Rows, costs: Mapping[str, Costs], sized: Rows, folder: Path) -> None:
     """All figures of the page."""
     from benchmarks.study import figures
 
     named = {NAMES[name]: one for name, one in rows.items()}
     figures.draw_leads(named, folder / "evidence-leads.svg")
     figures.draw_steps(named, folder / "evidence-steps.svg")
-    figures.draw_varied(named, folder / "evidence-sizes.svg", "keep", (DEFAULT, "taylor"), 15, "share of units kept")
+    small = {SIZED[name]: one for name, one in sized.items()}
+    figures.draw_varied(small, folder / "evidence-sizes.svg", "keep", (DEFAULT, "taylor"), 15, "share of units kept")
     figures.draw_varied(named, folder / "evidence-shots.svg", "shots", (DEFAULT, "taylor"), 0, "images a class")
     figures.draw_varied(named, folder / "evidence-sources.svg", "sources", ("kin",), 0, "narrow source tasks")
     if costs:
@@ -128,6 +134,22 @@ def _varied(rows: Rows, what: str, steps: int) -> str:
                     cells = [f"{value:g}", str(len(values)), _percent(values), str(lead or "")]
                     lines.append([NAMES[name], method, *cells])
     return markdown(["backbone", "method", what, "tasks", "accuracy", "lead of the default"], lines)
+
+
+def _sizes(rows: Rows) -> str:
+    """The default from one score mask and Taylor's prune for each size, largest first, on the tasks of both."""
+    lines = []
+    for name, one in rows.items():
+        for keep in sorted({row["keep"] for row in one}, reverse=True):
+            here = [row for row in of_stage(one, "test") if row["keep"] == keep]
+            for steps in (0, 15):
+                ours, other = (accuracies(here, method, steps) for method in (DEFAULT, "taylor"))
+                lead = difference(ours, other)
+                if lead is not None:
+                    both = ours.keys() & other.keys()
+                    shown = [_percent({task: values[task] for task in both}) for values in (ours, other)]
+                    lines.append([SIZED[name], f"{keep:g}", str(steps), str(lead.tasks), *shown, str(lead)])
+    return markdown(["backbone", "keep", "steps", "tasks", DEFAULT, "taylor", "lead"], lines)
 
 
 def _similarity(rows: Rows) -> str:
@@ -195,16 +217,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args(arguments)
-    rows, unseen, costs = read_results(options.results)
+    rows, unseen, costs, sized = read_results(options.results)
     if not rows:
         print(f"evidence: {options.results} has no rows, expected those of python -m benchmarks.study", file=sys.stderr)
         return 2
     try:
-        options.page.write_text(fill(options.page.read_text(), tables(rows, unseen, costs)))
+        options.page.write_text(fill(options.page.read_text(), tables(rows, unseen, costs, sized)))
     except (OSError, ValueError) as error:
         print(f"evidence: {error}", file=sys.stderr)
         return 2
-    draw(rows, costs, options.figures)
+    draw(rows, costs, sized, options.figures)
     print(json.dumps({"page": str(options.page), "protocols": {name: len(one) for name, one in rows.items()}}))
     return 0
 

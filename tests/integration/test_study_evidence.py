@@ -110,8 +110,8 @@ def test_the_page_of_evidence_is_what_its_rows_give() -> None:
     from benchmarks.study.evidence import fill, read_results, tables
 
     page = (ROOT / "docs" / "evidence.md").read_text()
-    rows, unseen, costs = read_results(ROOT / "benchmarks" / "results" / "study")
-    assert fill(page, tables(rows, unseen, costs)) == page, "run: python -m benchmarks.study.evidence"
+    rows, unseen, costs, sized = read_results(ROOT / "benchmarks" / "results" / "study")
+    assert fill(page, tables(rows, unseen, costs, sized)) == page, "run: python -m benchmarks.study.evidence"
 
 
 def test_a_bank_pays_where_it_saves() -> None:
