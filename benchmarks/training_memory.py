@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import kinprune as kp
 from kinprune.delivery import versions
@@ -42,6 +43,7 @@ MODELS = {
 DATA = "trashnet"
 LIMITS = (None, 200, 100, 50, 30)
 MEGABYTE = 10**6
+TENSORS = "tensors.safetensors"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -56,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--shots", type=int, default=60, help="at most so many training images of each class")
     parser.add_argument("--out", type=Path, default=RESULTS / "training_memory.json")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
-    parser.add_argument("--fresh", nargs=4, metavar=("FILE", "LIMIT", "STEPS", "THREADS"), help=argparse.SUPPRESS)
+    parser.add_argument("--fresh", nargs=4, metavar=("DIR", "LIMIT", "STEPS", "THREADS"), help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.fresh:
         print(json.dumps(train(*options.fresh)))
@@ -71,11 +73,10 @@ def main(words: Sequence[str] | None = None) -> None:
         if not todo:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "pruned.pt"
-            start = prune(model, keep, file, options)
+            start = prune(model, keep, Path(folder), options)
             for threads, limit in todo:
                 row = {"model": model, "keep": keep, "threads": threads, "limit": limit, **start}
-                rows.append({**row, **in_fresh_process(file, limit, options.steps, threads)})
+                rows.append({**row, **in_fresh_process(folder, limit, options.steps, threads)})
                 with lines.open("a") as out:
                     out.write(json.dumps(rows[-1]) + "\n")
                 if not options.json:
@@ -93,7 +94,7 @@ def refused(rows: Sequence[dict[str, Any]]) -> int:
     return sum("refused" in row for row in rows)
 
 
-def prune(model: str, keep: float, file: Path, options: argparse.Namespace) -> dict[str, Any]:
+def prune(model: str, keep: float, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Prune a model to its closed form and write down what a fine-tuning needs; what it is before any step."""
     weights, size = MODELS[model]
     task = kp.load_task(options.data / DATA, shots=options.shots)
@@ -102,24 +103,29 @@ def prune(model: str, keep: float, file: Path, options: argparse.Namespace) -> d
     decoded = kp.decode(task, backbone.preprocessing)
     pruned = kp.prune(backbone, decoded, kp.Plan(kp.Budget(keep=keep), recipe=Recipe(steps=0)))
     teacher = kp.prune(backbone, decoded, kp.Plan(kp.Budget(keep=1), reconstruct=False, recipe=Recipe(steps=0)))
-    splits = [(split.images, split.labels) for split in (decoded.train, decoded.test)]
-    begin = pruned.closed_form.trainable
-    torch.save((pruned.model, teacher.model, begin, splits, decoded.preprocessing), file)  # read by this file alone
+    for name, one in (("small", pruned), ("whole", teacher)):
+        kp.save(kp.artifact_of(one, backbone, decoded), folder / name)
+    tensors = {f"begin.{name}": tensor for name, tensor in (pruned.closed_form.trainable or {}).items()}
+    for name, split in (("train", decoded.train), ("test", decoded.test)):
+        tensors |= {f"{name}.images": split.images, f"{name}.labels": split.labels}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
     return {"start": pruned.start.accuracy, "weight_bytes": pruned.selection.costs.weight_bytes}
 
 
-def in_fresh_process(file: Path, limit: int | None, steps: int, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--fresh", str(file), str(limit or 0), str(steps), str(threads)]
+def in_fresh_process(folder: str, limit: int | None, steps: int, threads: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--fresh", folder, str(limit or 0), str(steps), str(threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def train(file: str, limit: str, steps: str, threads: str) -> dict[str, Any]:
+def train(folder: str, limit: str, steps: str, threads: str) -> dict[str, Any]:
     """Fine-tune what was written down, and tell what it took."""
     torch.set_num_threads(int(threads))
-    model, teacher, begin, splits, preprocessing = torch.load(file, weights_only=False)
-    train, test = (Split(*tensors) for tensors in splits)
+    small, tensors = kp.load(Path(folder) / "small"), load_file(Path(folder) / TENSORS)
+    model, teacher, preprocessing = small.model, kp.load(Path(folder) / "whole").model, small.preprocessing
+    train, test = (Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in ("train", "test"))
+    begin = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("begin.")} or None
     run_once(teacher, train, preprocessing)
     allowed = int(limit) * MEGABYTE or None
     recipe = Recipe(steps=int(steps))
