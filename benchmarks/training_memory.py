@@ -100,13 +100,17 @@ def prune(model: str, keep: float, folder: Path, options: argparse.Namespace) ->
     task = kp.load_task(options.data / DATA, shots=options.shots)
     path = options.weights / f"{weights}.safetensors"
     backbone = kp.load_backbone(model, num_classes=len(task.classes), weights=path, image_size=size)
-    decoded = kp.decode(task, backbone.preprocessing)
-    pruned = kp.prune(backbone, decoded, kp.Plan(kp.Budget(keep=keep), recipe=Recipe(steps=0)))
-    teacher = kp.prune(backbone, decoded, kp.Plan(kp.Budget(keep=1), reconstruct=False, recipe=Recipe(steps=0)))
+    return write_down(folder, backbone, kp.decode(task, backbone.preprocessing), keep)
+
+
+def write_down(folder: Path, backbone: kp.Backbone, task: kp.DecodedTask, keep: float) -> dict[str, Any]:
+    """The pruned model, the whole one that teaches it, and the images, as files in ``folder``."""
+    pruned = kp.prune(backbone, task, kp.Plan(kp.Budget(keep=keep), recipe=Recipe(steps=0)))
+    teacher = kp.prune(backbone, task, kp.Plan(kp.Budget(keep=1), reconstruct=False, recipe=Recipe(steps=0)))
     for name, one in (("small", pruned), ("whole", teacher)):
-        kp.save(kp.artifact_of(one, backbone, decoded), folder / name)
+        kp.save(kp.artifact_of(one, backbone, task), folder / name)
     tensors = {f"begin.{name}": tensor for name, tensor in (pruned.closed_form.trainable or {}).items()}
-    for name, split in (("train", decoded.train), ("test", decoded.test)):
+    for name, split in (("train", task.train), ("test", task.test)):
         tensors |= {f"{name}.images": split.images, f"{name}.labels": split.labels}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
     return {"start": pruned.start.accuracy, "weight_bytes": pruned.selection.costs.weight_bytes}

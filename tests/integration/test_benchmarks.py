@@ -6,15 +6,14 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import timm
 import torch
 
-from kinprune.preprocessing import Preprocessing
+import kinprune as kp
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytest.importorskip("torch_pruning", reason="torch-pruning is not installed: pip install 'kinprune[dev]'")
@@ -104,18 +103,21 @@ def test_adapt_says_where_the_seconds_go(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which is Linux's")
 def test_training_memory_tells_peaks_and_refusals(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make_folder: Callable[..., Path],
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("training_memory")
     monkeypatch.setattr(module, "LIMITS", (None, 200, 1))
 
-    def prune(model: str, keep: float, file: Path, options: object) -> dict[str, float]:
-        """Two small models in place of pruned ones, as there need not be any weights here."""
-        models = [timm.create_model("test_vit", num_classes=2, img_size=32) for _ in range(2)]
-        images, labels = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 2
-        torch.save((*models, None, [(images, labels)] * 2, Preprocessing(image_size=(32, 32))), file)
-        return {"start": 0.5, "weight_bytes": 1}
+    def prune(model: str, keep: float, folder: Path, options: object) -> dict[str, float]:
+        """A small model without weights of its own, as there need not be any here."""
+        backbone = kp.load_backbone("test_vit", num_classes=2, random=True, image_size=32)
+        task = kp.load_task(make_folder(tmp_path / "data", ("ant", "bat"), 12, 32))
+        found: dict[str, float] = module.write_down(folder, backbone, kp.decode(task, backbone.preprocessing), keep)
+        return found
 
     monkeypatch.setattr(module, "prune", prune)
     out = tmp_path / "memory.json"
