@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -349,6 +350,7 @@ def test_a_watch_sees_what_came_and_went(how: object) -> None:
         pytest.skip("this system does not set its peak back")
     block = torch.ones(25 * 10**6)
     total = float(block[::4096].sum())
+    time.sleep(1)  # a busy machine may let a watch that looks wait
     del block
     assert 80 * 10**6 < stop() < 200 * 10**6 and total > 0
 
