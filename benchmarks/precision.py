@@ -29,7 +29,7 @@ MODELS = {
     "mobilenetv2_100": ("mobilenetv2_100", 96),
     "vit_tiny_patch16_224": ("vit_tiny_patch16_224", 96),
 }
-TASKS = ("dtd10", "trashnet", "sign-digits")
+TASKS = ("dtd10",)
 SHOTS = 60
 
 
