@@ -253,6 +253,16 @@ def test_a_damaged_kit_is_refused(kinprune: Callable[..., Any], tmp_path: Path) 
         run_kit(tmp_path / "empty.pyz", "pi", 1, 1)
 
 
+@pytest.mark.parametrize("command", ["profile", "kit"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    kinprune: Callable[..., Any], tmp_path: Path, command: str
+) -> None:
+    for out in (tmp_path / "nowhere" / "pi.json", tmp_path):
+        refused = kinprune("device", command, "--bank", tmp_path / "no.db", "--out", out)
+        assert refused.exit_code == 2 and "cannot be written" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_file_is_not_lost(kinprune: Callable[..., Any], site: Site) -> None:
     before = site.here.read_bytes()
     done = kinprune("device", "profile", "--bank", site.bank, "--out", site.here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -157,6 +158,7 @@ def kit_command(
 
     Copy it there, then: pip install onnxruntime; python kit.pyz --out pi.json; and bring pi.json back.
     """
+    _check_place(out)
     if out.exists() and not overwrite:
         raise DeviceError(f"{out} is there already: choose another name, or --overwrite it")
     begin("cpu", None)
@@ -255,7 +257,15 @@ device_app.command("show", cls=Sectioned)(show_command)
 device_app.command("time", cls=Sectioned)(time_command)
 
 
+def _check_place(out: Path) -> None:
+    """Refuse, before minutes of work, what could not be written after them."""
+    folder = out.absolute().parent
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DeviceError(f"{out} cannot be written: expected the path of a file in a folder that may be written to")
+
+
 def _before(out: Path, overwrite: bool) -> Device | None:
+    _check_place(out)
     if not out.exists():
         return None
     if not overwrite:

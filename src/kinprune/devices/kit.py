@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kinprune.artifact.files import directory_beside
 from kinprune.devices.template import Template
 from kinprune.precision import Precision
 from kinprune.units import UnitSpace
@@ -56,8 +57,14 @@ class Samples:
 
 
 def write_kit(samples: Mapping[Precision, Samples], path: Path) -> None:
-    """Write the kit of a backbone's small models, in one precision or several."""
+    """Write the kit of a backbone's small models, in one precision or several; in place once it is complete."""
     package = Path(__file__).parents[1]
+    with directory_beside(path, "tmp") as aside:
+        _write(samples, package, aside / path.name)
+        (aside / path.name).replace(path)
+
+
+def _write(samples: Mapping[Precision, Samples], package: Path, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("__main__.py", MAIN)
         for name in ("__init__.py", "devices/__init__.py"):
