@@ -25,6 +25,7 @@ import pytest
 
 import kinprune as kp
 from kinprune.bank import Accuracy, open_bank
+from kinprune.bank.claims import claim
 from kinprune.building import BROAD_TIMES, SOURCE_PLAN, Done
 from kinprune.cli import bank_options, bank_progress
 from kinprune.cli.bank_progress import duration, time_left
@@ -249,7 +250,7 @@ def test_info(kinprune: Cli, built: tuple[Path, Any, Any]) -> None:
     found = one_object(run(kinprune, "bank info {bank} --json", bank=bank))
     opened = open_bank(bank)
     assert found["backbone"]["name"] == "test_resnet" and found["backbone"]["fingerprint"] == opened.header.backbone
-    assert found["preprocessing"]["image_size"] == [32, 32] and found["schema"] == "0001"
+    assert found["preprocessing"]["image_size"] == [32, 32] and found["schema"] == "0002"
     space = found["space"]
     assert (space["fingerprint"], space["stream"]) == (opened.header.space, False)
     assert sum(space["groups"].values()) == space["units"] == opened.header.units
@@ -260,6 +261,16 @@ def test_info(kinprune: Cli, built: tuple[Path, Any, Any]) -> None:
     assert found["bytes"]["database"] >= 4096
     people = run(kinprune, "bank info {bank}", bank=bank)
     assert people.exit_code == 0 and "32 x 32 pixels" in people.stdout and "2, of 3 different classes" in people.stdout
+    assert found["under_way"] == 0 and "under way" not in people.stdout
+
+
+def test_info_says_what_is_under_way(kinprune: Cli, bank: Path) -> None:
+    opened = open_bank(bank)
+    for key, seconds in (("a", 600.0), ("b", 600.0), ("c", 1e-6)):
+        claim(opened, key, "a builder", seconds)
+    assert one_object(run(kinprune, "bank info {bank} --json", bank=bank))["under_way"] == 2
+    people = run(kinprune, "bank info {bank}", bank=bank)
+    assert people.exit_code == 0 and "2 more, claimed by builders" in people.stdout
 
 
 def answering(kinprune: Cli, monkeypatch: pytest.MonkeyPatch, answer: str, command: str, bank: Path) -> Any:
@@ -366,8 +377,8 @@ def test_verify_and_clean(kinprune: Cli, bank: Path) -> None:
 
 def test_upgrade(kinprune: Cli, bank: Path) -> None:
     said = one_object(run(kinprune, "bank upgrade {bank} --json", bank=bank))
-    assert said == {"bank": str(bank), "before": "0001", "after": "0001"}
-    assert run(kinprune, "bank upgrade {bank}", bank=bank).stdout == f"{bank} is up to date: schema 0001.\n"
+    assert said == {"bank": str(bank), "before": "0002", "after": "0002"}
+    assert run(kinprune, "bank upgrade {bank}", bank=bank).stdout == f"{bank} is up to date: schema 0002.\n"
 
 
 NEW = f"bank build {{fruit}} --bank {{new}} {MODEL} {DRAWN} --tasks 2"

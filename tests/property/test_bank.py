@@ -1,8 +1,12 @@
-"""What a bank's rows hold comes back, whatever the numbers; and no two contents have one seal."""
+"""What a bank's rows hold comes back, whatever the numbers; no two contents have one seal; a claim has one holder."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kinprune.bank import Accuracy, Record, record_key
+from kinprune.bank import Accuracy, Bank, Record, record_key, schema
+from kinprune.bank.claims import claim, claims, drop_expired, release, renew
 from kinprune.bank.coding import WIDEST, decode_probe, decode_units, encode_probe, encode_units, seal
+from kinprune.bank.migrating import upgrade
 from kinprune.bank.weights import pack, unpack
 from kinprune.calibration import Probe
 from kinprune.errors import BankError
@@ -148,3 +154,58 @@ def test_keys_do_not_depend_on_the_order_of_what_was_asked(asked: dict[str, obje
     key = record_key(digest, asked)
     assert key == record_key(digest, dict(reversed(asked.items()))) and len(key) == 64
     assert key != record_key(digest + "x", asked) and key != record_key(digest, {**asked, "one more": 1})
+
+
+@pytest.fixture(scope="module")
+def empty() -> Iterator[Bank]:
+    """A bank's tables in a file, with nothing in them: claims need no more."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        schema.connected(schema.parse_address(Path(folder) / "bank.db")) as engine,
+    ):
+        with schema.writing(engine) as connection:
+            upgrade(connection)
+        yield Bank(folder, cast(Any, None), cast(Any, None), engine)
+
+
+KEYS, OWNERS = ("a", "b", "c"), ("ann", "bob", "cid")
+STEP = st.one_of(
+    st.tuples(st.just("claim"), st.sampled_from(KEYS), st.sampled_from(OWNERS), st.integers(1, 9)),
+    st.tuples(st.just("renew"), st.sets(st.sampled_from(KEYS)), st.sampled_from(OWNERS), st.integers(1, 9)),
+    st.tuples(st.just("release"), st.sets(st.sampled_from(KEYS)), st.sampled_from(OWNERS), st.just(0)),
+    st.tuples(st.just("wait"), st.just(""), st.just(""), st.integers(1, 9)),
+    st.tuples(st.just("drop"), st.just(""), st.just(""), st.just(0)),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(STEP, max_size=25))
+def test_a_claim_has_one_holder_until_it_runs_out(empty: Bank, steps: list[tuple[str, Any, str, int]]) -> None:
+    """Whatever is claimed, renewed, released and waited for, the table says what a dictionary of holders says."""
+    clock = 1000.0
+    known: dict[str, tuple[str, float]] = {}
+    with schema.writing(empty.engine) as connection:
+        connection.execute(schema.claim.delete())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kinprune.bank.claims.time.time", lambda: clock)
+        for what, keys, owner, seconds in steps:
+            if what == "wait":
+                clock += seconds
+            elif what == "claim":
+                free = keys not in known or known[keys][0] == owner or known[keys][1] <= clock
+                assert claim(empty, keys, owner, seconds) == ("yes" if free else "taken")
+                known.update({keys: (owner, clock + seconds)} if free else {})
+            elif what == "drop":
+                gone = [key for key, (_, until) in known.items() if until <= clock]
+                assert drop_expired(empty) == len(gone)
+                known = {key: held for key, held in known.items() if key not in gone}
+            else:
+                own = {key for key in keys if key in known and known[key][0] == owner}
+                if what == "renew":
+                    assert renew(empty, keys, owner, seconds) == own
+                    known.update({key: (owner, clock + seconds) for key in own})
+                else:
+                    release(empty, keys, owner)
+                    known = {key: held for key, held in known.items() if key not in own}
+            live = {key: (owner, until - clock) for key, (owner, until) in known.items() if until > clock}
+            assert {entry.key: (entry.owner, entry.seconds) for entry in claims(empty)} == live

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Row, delete, insert, select
 
 from kinprune.bank import schema
 from kinprune.bank.coding import decode_probe, decode_units, encode_probe, encode_units, seal
@@ -78,7 +78,11 @@ def _details(record: Record) -> str:
 
 
 def insert_rows(connection: Connection, rows: Rows) -> bool:
-    """Write a record's rows in a transaction that holds the write lock; False where its key is there already."""
+    """Write a record's rows in a transaction that holds the write lock; False where its key is there already.
+
+    A claim of its key goes: there is nothing left to work on.
+    """
+    connection.execute(delete(schema.claim).where(schema.claim.c.key == rows.record["key"]))
     found = connection.execute(select(schema.record.c.id).where(schema.record.c.key == rows.record["key"])).first()
     if found is not None:
         return False

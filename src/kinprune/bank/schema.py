@@ -32,7 +32,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from kinprune.errors import BankError
 
-VERSION = "0001"
+VERSION = "0002"
 """The newest migration, and the only schema that this version reads and writes."""
 
 BUSY_SECONDS = 60
@@ -88,6 +88,15 @@ units = Table(
     Column("record", Integer, ForeignKey("record.id", ondelete="CASCADE"), primary_key=True),
     Column("content", LargeBinary, nullable=False),
     Column("seal", String(64), nullable=False),
+)
+
+# Who works on a record that is not there yet, until when on the clock that ``claims`` goes by.
+claim = Table(
+    "claim",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("until", Float(53), nullable=False),
 )
 
 

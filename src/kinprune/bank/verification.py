@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kinprune.bank import schema
 from kinprune.bank.backbone import bank_space, load_bank_backbone
+from kinprune.bank.claims import drop_expired
 from kinprune.bank.record import Entry, Header, Record, record_problems, tensor_problems
 from kinprune.bank.rows import entry_of, probe_of, units_of
 from kinprune.bank.storage import Bank, drop_unreferenced, parts
@@ -95,12 +96,14 @@ def verify(bank: Bank, *, weights: bool = True, on_record: OnRecord | None = Non
 def clean(bank: Bank, older_than_seconds: float = 86_400) -> tuple[str, ...]:
     """Remove files that no record refers to and that were written that long ago, and return their names.
 
-    Weights are safe beside writers at any age. What a write that has not ended has begun is told by its age alone:
-    give more seconds than any write lasts. Files whose age the file system does not know stay.
+    Claims that ran out go too. Weights are safe beside writers at any age. What a write that has not ended has begun
+    is told by its age alone: give more seconds than any write lasts. Files whose age the file system does not know
+    stay.
 
     Raises:
         BankError: a file cannot be removed.
     """
+    drop_expired(bank)
     old = [
         file for file in bank.store.files() if (age := bank.store.age(file)) is not None and age >= older_than_seconds
     ]

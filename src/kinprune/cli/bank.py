@@ -181,6 +181,7 @@ def _verify(bank: str, clean: bool, weights: bool, found: list[str], *, json: bo
 def info_command(bank: own.Bank, json: Json = False) -> dict[str, Any] | None:
     """Say what a bank is about: its backbone, its units, and how much it holds."""
     from kinprune.bank import open_bank
+    from kinprune.bank.claims import count_claims
 
     opened = open_bank(bank)
     header, entries = opened.header, opened.entries()
@@ -196,6 +197,7 @@ def info_command(bank: own.Bank, json: Json = False) -> dict[str, Any] | None:
             "groups": dict(header.groups),
         },
         "records": len(entries),
+        "under_way": count_claims(opened),
         "classes": len({name for entry in entries for name in entry.classes}),
         "store": opened.store.url,
         "bytes": {

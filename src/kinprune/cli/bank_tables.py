@@ -110,6 +110,7 @@ def _info_facts(found: dict[str, Any]) -> dict[str, str]:
         f"stream, {space['fingerprint'][:12]}",
         "groups": f"{named}{', ...' if len(groups) > 4 else ''}",
         "records": f"{found['records']:,}, of {found['classes']:,} different classes",
+        **({"under way": f"{found['under_way']:,} more, claimed by builders"} if found["under_way"] else {}),
         "size": f"database {byte_count(taken['database'])}, pruned weights {byte_count(taken['weights'])}, "
         "backbone's weights " + ("gone" if taken["backbone"] is None else byte_count(taken["backbone"])),
         "weights in": found["store"],

@@ -19,12 +19,14 @@ from sqlalchemy import inspect
 
 from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Record, create_bank, open_bank, schema, upgrade_bank, verify
+from kinprune.bank.claims import claim, claims
 from kinprune.bank.migrating import upgrade
 from kinprune.errors import BankError
 from kinprune.units import UnitSpace
 
 Make = Callable[..., Record]
-STORED = Path(__file__).resolve().parents[2] / "data" / "bank_0001"
+STORED = Path(__file__).resolve().parents[2] / "data"
+STARTER = STORED.parents[1] / "starter"
 RANKING, COUNTS = [6, 7, 2, 1, 4, 5, 3, 0], [44, 75, 20]
 """Of its record 4."""
 
@@ -124,7 +126,7 @@ def test_newer_and_unknown_schemas_are_refused(bank: Bank, statement: str, words
 
 def test_an_older_schema_says_how_to_upgrade(bank: Bank) -> None:
     run(bank.address, "UPDATE alembic_version SET version_num = '0000'")
-    with pytest.raises(BankError, match="has the schema 0000, expected 0001: run 'kinprune bank upgrade'"):
+    with pytest.raises(BankError, match="has the schema 0000, expected 0002: run 'kinprune bank upgrade'"):
         open_bank(bank.address)
 
 
@@ -226,13 +228,19 @@ def test_a_bank_on_a_read_only_disk_can_be_read(backbone: Backbone, space: UnitS
         assert sorted(path.name for path in folder.iterdir()) == ["bank.db", "bank.db.weights"]
 
 
-def test_a_stored_bank_of_the_first_schema_can_be_read(tmp_path: Path, make_record: Make) -> None:
+@pytest.mark.parametrize("version", ["0001", "0002"])
+def test_a_stored_bank_of_each_schema_can_be_read(tmp_path: Path, make_record: Make, version: str) -> None:
     """See tests/data/make_bank.py."""
-    shutil.copytree(STORED, tmp_path / "bank")
-    with closing(sqlite3.connect(tmp_path / "bank" / "bank.db")) as file:
-        assert file.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
-    assert upgrade_bank(tmp_path / "bank" / "bank.db") == ("0001", schema.VERSION)
-    bank = open_bank(tmp_path / "bank" / "bank.db")
+    shutil.copytree(STORED / f"bank_{version}", tmp_path / "bank")
+    address = tmp_path / "bank" / "bank.db"
+    with closing(sqlite3.connect(address)) as file:
+        assert file.execute("SELECT version_num FROM alembic_version").fetchall() == [(version,)]
+    if version != schema.VERSION:
+        with pytest.raises(BankError, match=f"has the schema {version}, expected {schema.VERSION}: run 'kinprune bank"):
+            open_bank(address)
+    assert upgrade_bank(address) == (version, schema.VERSION)
+    assert [path.name for path in sorted((tmp_path / "bank").iterdir())] == ["bank.db", "bank.db.weights"]
+    bank = open_bank(address)
     report = verify(bank)
     assert report.whole and report.records == 3 and report.unreferenced == ()
     assert [(entry.id, entry.name) for entry in bank.entries()] == [(1, "fruit 0"), (3, "fruit 2"), (4, "fruit 3")]
@@ -241,6 +249,29 @@ def test_a_stored_bank_of_the_first_schema_can_be_read(tmp_path: Path, make_reco
     assert record.ranking[:8].tolist() == RANKING and record.classes == ("class 0", "class 1", "class 2")
     assert record.accuracy.final == 0.9 and record.details["seed"] == 3
     assert record.probe.counts.tolist() == COUNTS and record.tensors["first.weight"].shape == (4, 3, 3, 3)
+    assert claims(bank) == [] and claim(bank, "a key", "another builder", 60) == "yes"
+    assert bank.add(make_record(5)) and verify(bank).whole
+
+
+def test_an_upgrade_brings_a_bank_in_postgresql_from_the_first_schema(
+    make_database: Callable[[], str], tmp_path: Path, backbone: Backbone, space: UnitSpace, make_record: Make
+) -> None:
+    bank = create_bank(make_database(), backbone, space, store=str(tmp_path / "weights"))
+    bank.add(make_record(0))
+    run(bank.address, "DROP TABLE claim", "UPDATE alembic_version SET version_num = '0001'")
+    with pytest.raises(BankError, match=f"schema 0001, expected {schema.VERSION}: run 'kinprune bank upgrade'"):
+        open_bank(bank.address)
+    assert upgrade_bank(bank.address) == ("0001", schema.VERSION)
+    upgraded = open_bank(bank.address)
+    assert verify(upgraded).whole and len(upgraded) == 1
+    assert claim(upgraded, make_record(0).key, "ann", 60) == "done" and claim(upgraded, "k", "ann", 60) == "yes"
+
+
+def test_the_starter_is_of_the_newest_schema_and_one_file() -> None:
+    with closing(sqlite3.connect(f"file:{STARTER / 'bank.db'}?mode=ro&immutable=1", uri=True)) as file:
+        assert file.execute("SELECT version_num FROM alembic_version").fetchall() == [(schema.VERSION,)]
+        assert file.execute("SELECT count(*) FROM record").fetchone() == (10,)
+    assert (STARTER / "bank.db").stat().st_size < 512_000
 
 
 def test_a_port_that_is_no_number_is_refused_without_showing_the_password() -> None:

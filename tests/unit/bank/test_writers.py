@@ -17,6 +17,7 @@ import numpy as np
 import kinprune as kp
 from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Record, create_bank, merge, open_bank, verify
+from kinprune.bank.claims import claims
 from kinprune.bank.storage import drop_unreferenced
 from kinprune.errors import BankError
 from kinprune.units import UnitSpace
@@ -37,7 +38,7 @@ def start_writers(address: str) -> subprocess.Popen[str]:
     )
 
 
-def test_each_record_is_added_by_exactly_one_of_several_processes(bank: Bank, make_record: Make) -> None:
+def test_each_record_is_claimed_and_added_by_exactly_one_of_several_processes(bank: Bank, make_record: Make) -> None:
     """And whoever reads meanwhile sees whole records only."""
     running = start_writers(bank.address)
     looks = 0
@@ -52,9 +53,11 @@ def test_each_record_is_added_by_exactly_one_of_several_processes(bank: Bank, ma
         time.sleep(0.05)
     output, errors = running.communicate()
     assert running.returncode == 0, errors
-    lines = [line.split()[1:] for line in output.splitlines() if line.startswith("added")]
-    assert len(lines) == PROCESSES
-    assert sorted(int(seed) for line in lines for seed in line) == list(range(RECORDS))
+    for what in ("claimed", "added"):
+        lines = [line.split()[1:] for line in output.splitlines() if line.startswith(what)]
+        assert len(lines) == PROCESSES
+        assert sorted(int(number) for line in lines for number in line) == list(range(RECORDS)), what
+    assert len({entry.key for entry in claims(bank)}) == RECORDS
     assert looks > 1 and len(bank) == len(bank.keys()) == RECORDS
     assert verify(bank).whole and verify(bank).unreferenced == verify(bank).leftovers == ()
 

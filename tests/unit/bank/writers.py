@@ -1,6 +1,7 @@
 """Several processes that write one bank at the same time: ``writers.py ADDRESS PROCESSES RECORDS``, a line each.
 
-Every process adds all the records, each in an order of its own, and prints the seeds of those that it was first with.
+Every process claims some keys and adds all the records, each in an order of its own, and prints the numbers of those
+that it was first with.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tiny_net import random_record
 
 from kinprune.backbones import load_backbone
 from kinprune.bank import Record, open_bank
+from kinprune.bank.claims import claim
 from kinprune.units import find_units
 
 
@@ -24,11 +26,13 @@ def make_records(count: int) -> list[Record]:
 
 
 def write(address: str, process: int, records: list[Record], start: multiprocessing.synchronize.Barrier) -> None:
-    """Add all records, and say which were new."""
+    """Claim keys, add all records, and say which were this process's."""
     bank = open_bank(address)
     order = list(enumerate(records))
     random.Random(process % 2).shuffle(order)  # two processes each collide at every record
     start.wait(60)
+    mine = [number for number, _ in order if claim(bank, f"claim {number}", f"process {process}", 600) == "yes"]
+    print(" ".join(["claimed", *map(str, mine)]), flush=True)
     print(" ".join(["added", *(str(seed) for seed, record in order if bank.add(record))]), flush=True)
 
 
