@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from kinprune.bank import open_bank
-from kinprune.building import Done, Source, build, sample_sources
+from kinprune.building import Done, Source, Watch, build, sample_sources
 from kinprune.pruning import Plan
 from kinprune.selection import Budget
 from kinprune.training import Recipe
@@ -25,4 +25,4 @@ def tell(done: Done, number: int, of: int) -> None:
 
 
 if __name__ == "__main__":
-    print(build(open_bank(sys.argv[1]), sources(sys.argv[2]), PLAN, workers=int(sys.argv[3]), on_task=tell))
+    print(build(open_bank(sys.argv[1]), sources(sys.argv[2]), PLAN, workers=int(sys.argv[3]), watch=Watch(tell)))

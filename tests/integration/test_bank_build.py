@@ -21,7 +21,7 @@ import torch
 
 import kinprune as kp
 from kinprune.bank import Bank, clean, create_bank, open_bank, verify
-from kinprune.building import BROAD_IMAGES, SOURCE_PLAN, Build, Done, Source, broaden, build, key_of
+from kinprune.building import BROAD_IMAGES, SOURCE_PLAN, Build, Done, Source, Watch, broaden, build, key_of
 from kinprune.errors import BankError
 from kinprune.units import find_units
 
@@ -74,7 +74,7 @@ def whole(empty: Path, images: str, builder: ModuleType, tmp_path_factory: pytes
     def tell(done: Done, number: int, of: int) -> None:
         seen.append((done.name, number, of, done.added))
 
-    assert build(bank, builder.sources(images), builder.PLAN, on_task=tell) == Build(builder.TASKS, 0)
+    assert build(bank, builder.sources(images), builder.PLAN, watch=Watch(tell)) == Build(builder.TASKS, 0)
     assert [number for _, number, of, added in seen if of == builder.TASKS and added] == [1, 2, 3, 4, 5]
     return bank
 
@@ -164,7 +164,7 @@ def test_a_second_build_has_nothing_to_do(whole: Bank, images: str, builder: Mod
     def never(*_: object) -> None:
         raise AssertionError("a task was pruned again")
 
-    assert build(whole, builder.sources(images), builder.PLAN, on_task=never) == Build(0, builder.TASKS)
+    assert build(whole, builder.sources(images), builder.PLAN, watch=Watch(never)) == Build(0, builder.TASKS)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -198,7 +198,7 @@ def test_a_build_that_was_interrupted_goes_on(
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        build(bank, builder.sources(images), builder.PLAN, workers=workers, on_task=on_task, on_step=on_step)
+        build(bank, builder.sources(images), builder.PLAN, workers=workers, watch=Watch(on_task, on_step))
     assert active_children() == []
     go_on(bank, whole, images, builder)
 
@@ -218,6 +218,6 @@ def test_a_lost_worker_is_told_and_several_go_on(bank: Bank, whole: Bank, images
         os.kill(next(child.pid for child in active_children() if child.pid), signal.SIGKILL)
 
     with pytest.raises(BankError, match=r"a worker of the build was lost .* run the same build again"):
-        build(bank, builder.sources(images), builder.PLAN, workers=2, on_task=kill)
+        build(bank, builder.sources(images), builder.PLAN, workers=2, watch=Watch(kill))
     assert active_children() == []
     go_on(bank, whole, images, builder, workers=2)

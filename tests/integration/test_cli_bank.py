@@ -619,7 +619,7 @@ def test_time_left_is_right_once_workers_are_out_of_step() -> None:
 
 def test_a_broad_task_counts_as_much_as_it_takes() -> None:
     """Ten times the work of each of the nine to come took 1,000 s: 900 s are left, not 9,000."""
-    left = bank_progress._estimate(workers=1)
+    left = bank_progress._estimate()
     accuracy = Accuracy(0.9, 0.5, 0.8)
     assert left(Done("broad", accuracy, 1000.0, True, work=1300, remaining=9 * 130), 9) == "15 min"
     assert left(Done("narrow", accuracy, 100.0, True, work=130, remaining=8 * 130), 8) == "12 min"

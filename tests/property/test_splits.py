@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinprune.tasks.folders import FileReader, ImageFile
-from kinprune.tasks.splitting import Choice, make_task
-from kinprune.tasks.task import Pool, Task
+from kinprune.tasks.splitting import Choice, take_task
+from kinprune.tasks.task import Labelled, Pool, Task
 
 CLASS_NAMES = st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=5, unique=True)
 SEEDS = st.integers(-5, 2**40)
@@ -31,7 +31,7 @@ def task_of(keys: dict[str, list[str]], choice: Choice) -> Task:
     for name, found in keys.items():
         rows[name] = np.arange(len(files), len(files) + len(found))
         files += [ImageFile(Path(name) / key, key, 1) for key in found]
-    return make_task("drawn", list(keys), Pool(FileReader(tuple(files)), rows), None, choice)
+    return take_task(Labelled("drawn", tuple(keys), Pool(FileReader(tuple(files)), rows), None), choice)
 
 
 def keys_of(task: Task, part: str) -> dict[str, list[str]]:

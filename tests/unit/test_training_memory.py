@@ -349,7 +349,7 @@ def test_a_watch_sees_what_came_and_went(how: object) -> None:
     stop = how()  # type: ignore[operator]
     if stop is None:
         pytest.skip("this system does not set its peak back")
-    # A mapping of its own: memory that the process has kept from other tests might serve a tensor, and nothing be taken.
+    # A mapping of its own: memory that the process has kept from other tests might serve a tensor.
     block = mmap.mmap(-1, 10**8)
     block.write(b"1" * 10**8)
     time.sleep(1)  # a busy machine may let a watch that looks wait

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from kinprune.backbones import Backbone, load_backbone
-from kinprune.bank.record import check_backbone, check_space
+from kinprune.bank.record import Header, check_backbone, check_space
 from kinprune.bank.storage import Bank
 from kinprune.units import UnitSpace, find_units
 
@@ -17,11 +17,15 @@ def load_bank_backbone(bank: Bank, num_classes: int, *, seed: int = 0) -> Backbo
     Raises:
         BankError: the weights are gone or altered, or this version of timm builds another model.
     """
-    header = bank.header
+    return build_backbone(bank.header, bank.store.get(bank.header.backbone_weights), num_classes, seed=seed)
+
+
+def build_backbone(header: Header, content: bytes, num_classes: int, *, seed: int = 0) -> Backbone:
+    """The same where the bank itself is out of reach: ``content`` is the file of its backbone's weights."""
     wanted = header.preprocessing
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "backbone.safetensors"
-        path.write_bytes(bank.store.get(header.backbone_weights))
+        path.write_bytes(content)
         backbone = load_backbone(
             header.spec.name,
             num_classes=num_classes,

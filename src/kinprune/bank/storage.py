@@ -91,6 +91,15 @@ class Bank:
         with schema.reading(self.engine) as connection:
             return set(connection.execute(select(schema.record.c.key)).scalars())
 
+    def find(self, keys: Sequence[str]) -> dict[str, Entry]:
+        """The lines of those of some keys that the bank has."""
+        query = select(schema.record)
+        with schema.reading(self.engine) as connection:
+            rows = [
+                row for part in parts(keys) for row in connection.execute(query.where(schema.record.c.key.in_(part)))
+            ]
+        return {row.key: entry_of(row) for row in rows}
+
     def entries(self, ids: Sequence[int] | None = None) -> list[Entry]:
         """The lines of records, in the order of ``ids``, or all by id."""
         query = select(schema.record).order_by(schema.record.c.id)

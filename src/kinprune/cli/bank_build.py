@@ -21,7 +21,7 @@ from kinprune.errors import BankError, KinpruneError, TaskError
 
 if TYPE_CHECKING:
     from kinprune.bank import Bank
-    from kinprune.building import Build, Done, Source
+    from kinprune.building import Build, Cluster, Done, Source
     from kinprune.pruning import Plan
 
 
@@ -60,6 +60,9 @@ def build_command(
     flip: Flip = False,
     store: own.Store = None,
     workers: own.Workers = 1,
+    ray: own.Ray = None,
+    task_cpus: own.TaskCpus = None,
+    task_gpus: own.TaskGpus = None,
     json: shared.Json = False,
     seed: shared.Seed = 0,
     device: shared.Device = "cpu",
@@ -76,7 +79,8 @@ def build_command(
         raise TaskError(
             "--whole makes each DATA one task, nothing is drawn: leave out --tasks, --classes and --broad-steps"
         )
-    begin(device, threads)
+    cluster, device = own.cluster_of(ray, task_cpus, task_gpus, device, workers, threads)
+    begin("cpu" if cluster else device, threads)  # a GPU, if any, is on the cluster
     plan = own.plan_of(
         keep=keep,
         criterion=method,
@@ -106,7 +110,7 @@ def build_command(
         sources = broaden(read, few, long) if broad_steps != 0 else []
         sources += sample_sources(read, tasks or own.TASKS, few, seed=seed)
     opened, plan = _open(place, found, sources, plan)
-    return _report(_build(opened, sources, plan, workers, device), json)
+    return _report(_build(opened, sources, plan, _Workers(workers, device, cluster)), json)
 
 
 @guarded
@@ -177,7 +181,7 @@ def add_command(
     named = None if chosen is None else tuple(chosen)
     sources = _read([Source(data, named, shots, test_fraction, image_column, label_column)], [])
     opened, plan = _open(place, found, sources, plan)
-    return _report(_build(opened, sources, plan, 1, device), json)
+    return _report(_build(opened, sources, plan, _Workers(1, device, None)), json)
 
 
 @dataclass(frozen=True)
@@ -319,7 +323,23 @@ def _open(place: _Place, found: Bank | None, sources: Sequence[Source], plan: Pl
     return found, plan
 
 
-def _build(bank: Bank, sources: Sequence[Source], plan: Plan, workers: int, device: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Workers:
+    """Who prunes: ``workers`` processes on a device of this machine, or a cluster."""
+
+    workers: int
+    device: str
+    cluster: Cluster | None
+
+    @property
+    def beginning(self) -> str:
+        """What is done before the first task."""
+        if self.cluster is not None:
+            return f"giving images and model to Ray at {self.cluster.address}"
+        return "reading the sources" if self.workers == 1 else f"starting {self.workers} workers"
+
+
+def _build(bank: Bank, sources: Sequence[Source], plan: Plan, who: _Workers) -> dict[str, Any]:
     """Build, show how far it is, and sum up in JSON's own types; where it breaks off, say what is kept."""
     from kinprune.building import build
 
@@ -328,13 +348,15 @@ def _build(bank: Bank, sources: Sequence[Source], plan: Plan, workers: int, devi
     place, model = shown_address(bank.address), bank.header.spec.name
     say(f"{place}: {records_text(len(bank))} for {model}; source tasks asked for: {len(sources):,}")
     try:
-        with shown_progress(workers) as (show, on_step):
+        with shown_progress(who.beginning) as shown:
 
             def on_task(task: Done, number: int, of: int) -> None:
                 done.append(task)
-                show(task, number, of)
+                if shown.on_task is not None:
+                    shown.on_task(task, number, of)
 
-            built = build(bank, sources, plan, workers=workers, device=device, on_task=on_task, on_step=on_step)
+            watch = replace(shown, on_task=on_task)
+            built = build(bank, sources, plan, workers=who.workers, device=who.device, cluster=who.cluster, watch=watch)
     except KeyboardInterrupt as interrupt:
         say(f"kinprune: interrupted; {kept_text(bank)}")
         raise typer.Exit(130) from interrupt
@@ -342,7 +364,15 @@ def _build(bank: Bank, sources: Sequence[Source], plan: Plan, workers: int, devi
         if done:
             say(kept_text(bank))
         raise
-    return _summary(bank, built, done, time.perf_counter() - started)
+    if built.failed:
+        raise TaskError(_failed_text(built.failed, kept_text(bank)))
+    return _summary(bank, built, [task for task in done if task.seconds], time.perf_counter() - started)
+
+
+def _failed_text(failed: Sequence[str], kept: str) -> str:
+    count = "1 source task" if len(failed) == 1 else f"{len(failed):,} source tasks"
+    named = "".join(f"\n  {text}" for text in dict.fromkeys(failed))
+    return f"{count} could not be read, all others were done ({kept}):{named}"
 
 
 def _add_record(record: Path, address: str) -> dict[str, Any]:

@@ -14,8 +14,10 @@ import typer
 
 from kinprune.cli.options import DATA, MODEL, PRUNING, RUNNING, TRAINING
 from kinprune.cli.values import between, share, whole
+from kinprune.errors import BankError
 
 if TYPE_CHECKING:
+    from kinprune.building import Cluster
     from kinprune.pruning import Plan
 
 TASKS, CLASSES = 200, 5
@@ -224,6 +226,35 @@ Workers = Annotated[
         help="Processes that prune at the same time and share the cores.",
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        rich_help_panel=RUNNING,
+        help="Prune on a Ray cluster: auto, HOST:PORT, or local for one on this machine. It gets images and model.",
+    ),
+]
+TaskCpus = Annotated[
+    int | None,
+    typer.Option(
+        "--task-cpus",
+        metavar="N",
+        parser=whole(1),
+        rich_help_panel=RUNNING,
+        help="With --ray: processors for each source task. [default: 1]",
+    ),
+]
+TaskGpus = Annotated[
+    float | None,
+    typer.Option(
+        "--task-gpus",
+        metavar="X",
+        parser=between(0.01, 16, "0.25"),
+        rich_help_panel=RUNNING,
+        help="With --ray: GPUs for each source task, such as 0.25 for four at a time on one. [default: none]",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -255,6 +286,23 @@ CheckWeights = Annotated[
         "--weights/--no-weights", rich_help_panel=RUNNING, help="Read every file of weights too: slow, and sure."
     ),
 ]
+
+
+def cluster_of(
+    address: str | None, cpus: int | None, gpus: float | None, device: str, workers: int, threads: int | None
+) -> tuple[Cluster | None, str]:
+    """The cluster that was asked for, and the device that its machines, or this one, compute on."""
+    if address is None:
+        if cpus is not None or gpus is not None:
+            raise BankError("--task-cpus and --task-gpus are for a Ray cluster: give --ray, or leave them out")
+        return None, device
+    if workers > 1 or threads is not None:
+        raise BankError("--ray decides how many tasks run at a time: leave out --workers and --threads")
+    if device not in ("cpu", "cuda") or (device == "cuda" and gpus is None):
+        raise BankError(f"--ray with --device {device}: give --task-gpus 1 (or a part of one) to compute on GPUs")
+    from kinprune.building import Cluster
+
+    return Cluster(address, cpus or 1, gpus or 0.0), "cuda" if gpus else "cpu"
 
 
 def plan_of(*, seed: int, stream: bool, flip: bool, **given: Any) -> Plan:

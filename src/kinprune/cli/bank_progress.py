@@ -13,10 +13,7 @@ from kinprune.cli.output import say
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from kinprune.building import Done
-
-OnTask = Callable[["Done", int, int], None]
-OnStep = Callable[[str, int, int], None]
+    from kinprune.building import Done, Watch
 
 
 def time_left(elapsed: float, finished: float, remaining: int, workers: int) -> float:
@@ -37,16 +34,30 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def shown_progress(workers: int) -> Iterator[tuple[OnTask, OnStep]]:
-    """What ``build`` calls after each task and each step, while it is shown how far it is."""
+def shown_progress(first: str) -> Iterator[Watch]:
+    """What ``build`` calls while it is shown how far it is; ``first`` says what is done before the first task."""
     from rich.console import Console
+
+    from kinprune.building import Watch
 
     # isatty first: FORCE_COLOR makes rich call a file a terminal.
     if sys.stderr is not None and sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal:
-        with _bars(workers) as shown:
-            yield shown
+        with _bars(first) as watch:
+            yield watch
     else:
-        yield _say_task, lambda stage, step, steps: None
+        waiting = set[int]()
+
+        def on_wait(count: int) -> None:
+            if count not in waiting:  # said once, not every two seconds
+                waiting.add(count)
+                say(waiting_text(count))
+
+        yield Watch(_say_task, None, on_wait)
+
+
+def waiting_text(count: int) -> str:
+    """What is said while nothing is left to do but what others are at."""
+    return f"waiting for {'1 task' if count == 1 else f'{count:,} tasks'} that another build is at"
 
 
 def _say_task(done: Done, number: int, of: int) -> None:
@@ -59,9 +70,11 @@ def _say_task(done: Done, number: int, of: int) -> None:
 
 
 @contextmanager
-def _bars(workers: int) -> Iterator[tuple[OnTask, OnStep]]:
+def _bars(first: str) -> Iterator[Watch]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kinprune.building import Watch
 
     columns = (
         TextColumn("{task.description}"),
@@ -69,9 +82,8 @@ def _bars(workers: int) -> Iterator[tuple[OnTask, OnStep]]:
         TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
     )
-    left = _estimate(workers)
+    left = _estimate()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        first = "reading the sources" if workers == 1 else f"starting {workers} workers"
         tasks = progress.add_task("source tasks", total=None, text=first)
         bar: TaskID | None = None
 
@@ -93,10 +105,10 @@ def _bars(workers: int) -> Iterator[tuple[OnTask, OnStep]]:
                 bar = progress.add_task(stage, total=steps or None, text="")
             progress.update(bar, completed=step, text=f"{step}/{steps}" if steps else "")
 
-        yield on_task, on_step
+        yield Watch(on_task, on_step, lambda count: progress.update(tasks, text=waiting_text(count)))
 
 
-def _estimate(workers: int) -> Callable[[Done, int], str]:
+def _estimate() -> Callable[[Done, int], str]:
     """Called after each task with how many remain; the clock begins when the first of them began.
 
     A broad task counts as many of those that remain.
@@ -108,7 +120,7 @@ def _estimate(workers: int) -> Callable[[Done, int], str]:
         now = time.monotonic()
         began, finished = began or now - done.seconds, finished + done.work
         one = done.remaining / remaining if remaining else done.work
-        return duration(time_left(now - began, finished / one, remaining, workers))
+        return duration(time_left(now - began, finished / one, remaining, done.beside + 1))
 
     return estimate
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from kinprune.errors import TaskError
-from kinprune.tasks.splitting import Choice, group_rows, make_task
-from kinprune.tasks.task import Payload, Pool, Task
+from kinprune.tasks.splitting import Choice, group_rows, take_task
+from kinprune.tasks.task import Labelled, Payload, Pool, Task
 
 Layout = Literal["NHWC", "NCHW"]
 CHANNELS = (1, 3, 4)
@@ -75,10 +75,10 @@ def task_from_arrays(
     names = tuple(classes) if classes is not None else tuple(str(label) for label in range(indices.max(initial=-1) + 1))
     train = _pool(pixels, indices, names, name, classes is None)
     if test_images is None:
-        return make_task(name, tuple(train.rows), train, None, choice)
+        return take_task(Labelled(name, tuple(train.rows), train, None), choice)
     tested = _pixels(test_images, layout, "test_images")
     test = _pool(tested, _indices(test_labels, len(tested), "test_labels"), names, f"{name} test", classes is None)
-    return make_task(name, tuple(train.rows), train, test, choice)
+    return take_task(Labelled(name, tuple(train.rows), train, test), choice)
 
 
 def _pixels(images: Any, layout: Layout | None, role: str) -> NDArray[np.uint8]:

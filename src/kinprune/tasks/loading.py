@@ -9,8 +9,8 @@ from kinprune.errors import TaskError
 from kinprune.tasks import hub, torchvision_sets
 from kinprune.tasks.folders import read_folder
 from kinprune.tasks.parquet import read_parquet
-from kinprune.tasks.splitting import Choice, make_task
-from kinprune.tasks.task import Task
+from kinprune.tasks.splitting import Choice, take_task
+from kinprune.tasks.task import Labelled, Task
 
 SOURCES = "an image folder, a parquet file or a folder of them, hf://owner/name, or torchvision:NAME?root=DIR"
 
@@ -39,23 +39,25 @@ def load_task(
     Raises TaskError, before anything is decoded, where the source or the choice cannot make a task.
     """
     choice = Choice(classes, shots, test_fraction, seed)
+    return take_task(open_source(source, name=name, image_column=image_column, label_column=label_column), choice)
+
+
+def open_source(
+    source: str | Path, *, name: str | None = None, image_column: str | None = None, label_column: str | None = None
+) -> Labelled:
+    """Find all labelled images of a source, as ``load_task`` does, decoding none.
+
+    Raises TaskError where the source has none.
+    """
     text = str(source)
     if text.startswith(torchvision_sets.SCHEME):
         _refuse_columns(text, image_column, label_column)
         found, train, test = torchvision_sets.make_datasets(text)
-        return torchvision_sets.load_torchvision(
-            train,
-            test,
-            classes=classes,
-            shots=shots,
-            test_fraction=test_fraction,
-            seed=seed,
-            name=name or found.lower(),
-        )
+        return torchvision_sets.read_torchvision(train, test, name=name or found.lower())
     if text.startswith(hub.SCHEME):
         root, names = hub.fetch(text)
         name = name or hub.parse_address(text).repo.split("/")[1]
-        return make_task(name, *read_parquet(root, names, image=image_column, label=label_column), choice)
+        return Labelled(name, *read_parquet(root, names, image=image_column, label=label_column))
     path = Path(source).expanduser()
     if not path.exists():
         raise TaskError(f"{path} does not exist; expected {SOURCES}")
@@ -63,19 +65,19 @@ def load_task(
         if path.suffix.lower() != ".parquet":
             raise TaskError(f"{path} is a file of unknown type {path.suffix!r}; expected {SOURCES} (unpack archives)")
         parts = read_parquet(path.parent, [path.name], image=image_column, label=label_column)
-        return make_task(name or path.stem, *parts, choice)
-    return _load_folder(path, name or path.resolve().name, choice, image_column, label_column)
+        return Labelled(name or path.stem, *parts)
+    return _open_folder(path, name or path.resolve().name, image_column, label_column)
 
 
-def _load_folder(path: Path, name: str, choice: Choice, image: str | None, label: str | None) -> Task:
+def _open_folder(path: Path, name: str, image: str | None, label: str | None) -> Labelled:
     found = None if _parquet(path, "*") else read_folder(path)
     if found is not None:
         _refuse_columns(str(path), image, label)
-        return make_task(name, *found, choice)
+        return Labelled(name, *found)
     names = _parquet(path, "*") or _parquet(path, "**/*")
     if not names:
         raise TaskError(f"{path} holds no images and no parquet files; expected {SOURCES}")
-    return make_task(name, *read_parquet(path, names, image=image, label=label), choice)
+    return Labelled(name, *read_parquet(path, names, image=image, label=label))
 
 
 def _parquet(folder: Path, pattern: str) -> list[str]:

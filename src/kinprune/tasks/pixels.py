@@ -56,17 +56,37 @@ def decode_image(image: str | Payload, preprocessing: Preprocessing, *, where: s
 
 def decode_pixels(payload: Payload, preprocessing: Preprocessing, where: str) -> NDArray[np.uint8]:
     """Return one image as ``decode_image`` does, as an array uint8 [h, w, 3]."""
+    return np.array(fit(_picture(payload, where), preprocessing))
+
+
+def encoded(payload: Payload, where: str) -> bytes:
+    """An image as a file's bytes that give the same pixels: its own where it is a file, else a PNG.
+
+    Raises TaskError naming an image that cannot be read.
+    """
+    if isinstance(payload, bytes):
+        return payload
+    if isinstance(payload, Path):
+        try:
+            return payload.read_bytes()
+        except OSError as error:
+            raise TaskError(f"{where} cannot be read ({_short(error)}); replace or remove it") from error
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(_picture(payload, where))).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _picture(payload: Payload, where: str) -> Image.Image:
+    """An image upright and RGB; TaskError naming it where it cannot be read."""
     try:
         if isinstance(payload, Path | bytes):
             with Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload, formats=_formats()) as file:
-                picture = _rgb(_upright(file))
-        elif isinstance(payload, Image.Image):
-            picture = _rgb(_upright(payload))
-        else:
-            picture = _rgb(Image.fromarray(payload[..., 0] if payload.ndim == 3 and payload.shape[2] == 1 else payload))
+                return _rgb(_upright(file))
+        if isinstance(payload, Image.Image):
+            return _rgb(_upright(payload))
+        return _rgb(Image.fromarray(payload[..., 0] if payload.ndim == 3 and payload.shape[2] == 1 else payload))
     except _DAMAGE as error:
         raise TaskError(f"{where} cannot be read as an image ({_short(error)}); replace or remove it") from error
-    return np.array(fit(picture, preprocessing))
 
 
 def _short(error: BaseException) -> str:

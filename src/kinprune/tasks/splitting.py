@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kinprune.errors import TaskError
 from kinprune.tasks.classes import check_unique, choose_classes, listed
-from kinprune.tasks.task import SEPARATOR, Items, Pool, Reader, Task
+from kinprune.tasks.task import SEPARATOR, Items, Labelled, Pool, Reader, Task
 
 Rows = NDArray[np.int64]
 
@@ -87,11 +87,12 @@ def group_rows(labels: Rows, names: Sequence[str], reader: Reader) -> dict[str, 
     return {name: ordered[ends[index] : ends[index + 1]] for index, name in enumerate(names)}
 
 
-def make_task(name: str, known: Sequence[str], train: Pool, test: Pool | None, choice: Choice) -> Task:
-    """Make a task of a source's images: ``known`` are its classes in order, ``test`` its own test part if any.
+def take_task(source: Labelled, choice: Choice) -> Task:
+    """Take a task of a source's images.
 
     Raises TaskError where ``choice`` does not fit the source or a class lacks images.
     """
+    name, known, train, test = source.name, source.classes, source.train, source.test
     extra = [other for other in test.rows if other not in known] if test is not None else []
     if extra and choice.classes is None:
         raise TaskError(f"{name}: class {listed(extra)} is in the test part but not in the training part; fix the data")

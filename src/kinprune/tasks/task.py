@@ -55,6 +55,19 @@ class Pool:
 
 
 @dataclass(frozen=True, eq=False)
+class Labelled:
+    """A source that was opened: its name, its classes in order, and its images; ``test`` None where it is not split.
+
+    Any number of tasks are taken of it (``splitting.take_task``), and it is read for none of them again.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Pool
+    test: Pool | None
+
+
+@dataclass(frozen=True, eq=False)
 class Items:
     """References to labelled images: ``rows`` int64 [n] of ``reader`` and ``labels`` int64 [n], class by class."""
 

@@ -16,8 +16,8 @@ from PIL import Image
 from kinprune.errors import TaskError
 from kinprune.tasks.classes import suggest
 from kinprune.tasks.packages import require
-from kinprune.tasks.splitting import Choice, group_rows, make_task
-from kinprune.tasks.task import Payload, Pool, Task
+from kinprune.tasks.splitting import Choice, group_rows, take_task
+from kinprune.tasks.task import Labelled, Payload, Pool, Task
 
 SCHEME = "torchvision:"
 TRAIN_SPLITS = ("train", "trainval", "train-standard")
@@ -90,21 +90,21 @@ def load_torchvision(
     is as in ``load_task``. Labels are taken from ``targets`` and the like, without decoding, where there are any.
     """
     choice = Choice(classes, shots, test_fraction, seed)
+    return take_task(read_torchvision(train, test, name=name, class_names=class_names), choice)
+
+
+def read_torchvision(
+    train: Any, test: Any = None, *, name: str | None = None, class_names: Sequence[str] | None = None
+) -> Labelled:
+    """One map-style data set, or its two parts, opened; see ``load_torchvision``."""
     name = name or type(train).__name__.lower()
-    readers = (
-        [_reader(train, f"{name} train")]
-        if test is None
-        else [
-            _reader(train, f"{name} train"),
-            _reader(test, f"{name} test"),
-        ]
-    )
+    readers = [_reader(train, f"{name} train"), *([] if test is None else [_reader(test, f"{name} test")])]
     names = tuple(class_names) if class_names is not None else _class_names(train)
     if names is None:
         values = np.unique(np.concatenate([reader.labels for reader in readers]))
         names = tuple(str(value) for value in range(int(values.min(initial=0)), int(values.max(initial=-1)) + 1))
     pools = [Pool(reader, group_rows(reader.labels, names, reader)) for reader in readers]
-    return make_task(name, names, pools[0], pools[1] if test is not None else None, choice)
+    return Labelled(name, names, pools[0], pools[1] if test is not None else None)
 
 
 def _reader(dataset: Any, name: str) -> DatasetReader:
