@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,18 +58,23 @@ def encode_probe(probe: Probe) -> bytes:
 
 def decode_probe(blob: bytes, classes: int, features: int) -> Probe:
     """What ``encode_probe`` wrote, in single precision."""
+    weights, biases, means = (array[0].astype(np.float32) for array in decode_probes([blob], classes, features))
+    counts = np.frombuffer(blob, dtype="<i4", count=classes, offset=len(blob) - 4 * classes)
+    return Probe(weights, biases, means, counts.astype(np.int64))
+
+
+def decode_probes(
+    blobs: Sequence[bytes], classes: int, features: int
+) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.float16]]:
+    """The weights ``[n, c, d]``, biases ``[n, c]`` and means ``[n, c, d]`` of probes of as many classes, as stored."""
     size = 2 * classes * features
-    if len(blob) != 2 * size + 8 * classes:
+    if any(len(blob) != 2 * size + 8 * classes for blob in blobs):
         raise BankError("a record's probe is not as long as its classes and features: it was damaged; remove it (rm)")
+    rows = np.frombuffer(bytearray().join(blobs), dtype=np.uint8).reshape(len(blobs), -1)
     weights, means = (
-        np.frombuffer(blob, dtype="<f2", count=classes * features, offset=start).reshape(classes, features)
-        for start in (0, size)
+        rows[:, start : start + size].view("<f2").reshape(len(blobs), classes, features) for start in (0, size)
     )
-    biases = np.frombuffer(blob, dtype="<f4", count=classes, offset=2 * size)
-    counts = np.frombuffer(blob, dtype="<i4", count=classes, offset=2 * size + 4 * classes)
-    return Probe(
-        weights.astype(np.float32), biases.astype(np.float32), means.astype(np.float32), counts.astype(np.int64)
-    )
+    return weights, rows[:, 2 * size : 2 * size + 4 * classes].view("<f4"), means
 
 
 def seal(key: str, kind: str, *contents: bytes | str) -> str:
@@ -76,5 +82,6 @@ def seal(key: str, kind: str, *contents: bytes | str) -> str:
     digest = hashlib.sha256(f"{kind}\n{key}\n".encode())
     for content in contents:
         data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-        digest.update(len(data).to_bytes(8, "little") + data)
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
     return digest.hexdigest()

@@ -111,9 +111,14 @@ def entry_of(row: Row[Any]) -> Entry:
 
 def probe_of(row: Row[Any], features: int) -> Probe:
     """A record's probe, from its row; BankError where it was altered."""
+    check_probe(row)
+    return decode_probe(row.content, row.classes, features)
+
+
+def check_probe(row: Row[Any]) -> None:
+    """BankError where the row of a probe was altered."""
     if seal(row.key, "probe", row.content) != row.seal:
         raise BankError(altered(row.record, "probe"))
-    return decode_probe(row.content, row.classes, features)
 
 
 def units_of(

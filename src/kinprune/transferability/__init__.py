@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from kinprune.errors import TransferabilityError
 from kinprune.transferability.inputs import Sources, Target, sample
+from kinprune.transferability.leading import Leaders
 from kinprune.transferability.measures import MEASURES, Measure, nearest, register, transferability
 
 __all__ = [
     "MEASURES",
+    "Leaders",
     "Measure",
     "Sources",
     "Target",

@@ -112,11 +112,17 @@ def nearest(
 
 def _few(measure: str | Measure, target: Target, sources: Sources, count: int) -> tuple[int, int] | None:
     """How many images to look at first and how many source tasks to keep then, or None where that saves little."""
+    images = sample_size(measure, target)
+    lead = max(LEAST_LEAD, 20 * count, math.ceil(LEAD * len(sources)))
+    return (images, lead) if images is not None and 2 * lead <= len(sources) else None
+
+
+def sample_size(measure: str | Measure, target: Target) -> int | None:
+    """How many of the target's images are enough to sort out most source tasks; None where that saves little."""
     if not isinstance(measure, str) or measure not in _KERNELS:
         return None
     images = max(SAMPLE, SAMPLE_OF_CLASS * len(np.unique(target.labels)))
-    lead = max(LEAST_LEAD, 20 * count, math.ceil(LEAD * len(sources)))
-    return (images, lead) if 2 * images <= len(target.labels) and 2 * lead <= len(sources) else None
+    return images if 2 * images <= len(target.labels) else None
 
 
 def _best(scores: Scores, count: int) -> NDArray[np.int64]:
