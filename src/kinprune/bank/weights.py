@@ -79,6 +79,10 @@ class WeightStore:
         except FileNotFoundError:
             return None
 
+    def size(self, digest: str) -> int | None:
+        """The bytes of a file; None where it is not there."""
+        return self._size(self._path(digest))
+
     def has(self, digest: str) -> bool:
         """Whether a file is there now."""
         return is_digest(digest) and self._size(self._path(digest)) is not None
