@@ -1,11 +1,12 @@
-"""A build in a process of its own, which tests stop: ``builder.py ADDRESS FOLDER WORKERS``, a line for each task."""
+"""A build in a process of its own, which tests stop: ``ADDRESS FOLDER WORKERS [STEPS RAY]``, a line for each task."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from kinprune.bank import open_bank
-from kinprune.building import Done, Source, Watch, build, sample_sources
+from kinprune.building import Cluster, Done, Source, Watch, build, sample_sources
 from kinprune.pruning import Plan
 from kinprune.selection import Budget
 from kinprune.training import Recipe
@@ -24,5 +25,15 @@ def tell(done: Done, number: int, of: int) -> None:
     print(f"done {number} of {of}: {done.name}", flush=True)
 
 
+def longer(steps: int) -> Plan:
+    """The plan with so many steps at the end."""
+    return replace(PLAN, recipe=replace(PLAN.recipe, steps=steps))
+
+
 if __name__ == "__main__":
-    print(build(open_bank(sys.argv[1]), sources(sys.argv[2]), PLAN, workers=int(sys.argv[3]), watch=Watch(tell)))
+    address, folder, workers, *more = sys.argv[1:]
+    plan = longer(int(more[0])) if more else PLAN
+    cluster = Cluster(more[1]) if more else None
+    print(
+        build(open_bank(address), sources(folder), plan, workers=int(workers), cluster=cluster, watch=Watch(tell)),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import torch
 
 import kinprune as kp
 from kinprune.bank import Bank, clean, create_bank, open_bank, verify
+from kinprune.bank.claims import claims
 from kinprune.building import BROAD_IMAGES, SOURCE_PLAN, Build, Done, Source, Watch, broaden, build, key_of
 from kinprune.errors import BankError
 from kinprune.units import find_units
@@ -204,10 +206,15 @@ def test_a_build_that_was_interrupted_goes_on(
 
 
 def go_on(bank: Bank, whole: Bank, images: str, builder: ModuleType, workers: int = 1) -> None:
-    """Build again what was stopped: nothing is lost, nothing is there twice."""
+    """Build again what was stopped: nothing is lost, nothing is there twice, and nobody waits for a dead build."""
+
+    def never(count: int) -> None:
+        raise AssertionError("waited for a task of the build that was stopped")
+
     before = len(bank)
     assert 1 <= before < builder.TASKS and verify(bank).whole
-    finished = build(bank, builder.sources(images), builder.PLAN, workers=workers)
+    finished = build(bank, builder.sources(images), builder.PLAN, workers=workers, watch=Watch(on_wait=never))
+    assert claims(bank) == []
     assert finished == Build(builder.TASKS - before, before)
     clean(bank, older_than_seconds=0)  # weights of a record that was being written
     assert_same_records(bank, whole)
@@ -221,3 +228,35 @@ def test_a_lost_worker_is_told_and_several_go_on(bank: Bank, whole: Bank, images
         build(bank, builder.sources(images), builder.PLAN, workers=2, watch=Watch(kill))
     assert active_children() == []
     go_on(bank, whole, images, builder, workers=2)
+
+
+def test_two_builds_at_once_share_the_tasks(bank: Bank, whole: Bank, images: str, builder: ModuleType) -> None:
+    """Each task is pruned by one of them, and both end when all are in the bank."""
+    other = start(bank, images, 1)
+    own: list[Done] = []
+    built = build(bank, builder.sources(images), builder.PLAN, watch=Watch(lambda done, *_: own.append(done)))
+    said, errors = other.communicate(timeout=100)
+    assert other.returncode == 0, errors
+    theirs = re.search(r"Build\(added=(\d+), present=(\d+)", said)
+    assert theirs is not None and built.added + int(theirs[1]) == builder.TASKS == built.added + built.present
+    assert sum(done.added for done in own) == built.added and all(done.added == bool(done.seconds) for done in own)
+    clean(bank, older_than_seconds=0)
+    assert_same_records(bank, whole)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tasks_with_damaged_images_are_left_out_and_said(
+    bank: Bank, whole: Bank, images: str, builder: ModuleType, tmp_path: Path, workers: int
+) -> None:
+    folder = shutil.copytree(images, tmp_path / "fruit")
+    damaged = folder / "apple" / "0003.png"
+    damaged.write_bytes(bytes(damaged.stat().st_size))  # of the same size: nothing else tells
+    sources = builder.sources(str(folder))
+    bad = [source for source in sources if "apple" in (source.classes or ())]
+    built = build(bank, sources, builder.PLAN, workers=workers)
+    assert 0 < len(bad) < len(sources) and built.added == len(sources) - len(bad) == len(bank)
+    assert len(built.failed) == len(bad) and all("0003.png" in text for text in built.failed)
+    shutil.copy(Path(images) / "apple" / "0003.png", damaged)
+    assert build(bank, sources, builder.PLAN, workers=workers) == Build(len(bad), len(sources) - len(bad))
+    found, expected = ({entry.key: entry.weights for entry in one.entries()} for one in (bank, whole))
+    assert found == expected

@@ -7,6 +7,8 @@ weights. What they make comes back to this process, which alone writes to the ba
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,11 @@ from kinprune.tasks.task import Labelled
 
 RETRIES = 5
 """How often a task is begun again whose machine or worker was lost."""
+
+ANSWER_SECONDS = 10.0
+"""How long a cluster's address may take to answer at all."""
+
+_EXPECTED = "expected local, auto (the cluster that this machine is part of), HOST:PORT or ray://HOST:PORT"
 
 _LOST = (
     f"a source task was begun {RETRIES + 1} times on the cluster, and its machine or worker was lost each time "
@@ -46,6 +53,8 @@ class Cluster:
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.address not in ("local", "auto") and _socket(self.address) is None:
+            raise BankError(f"'{self.address}' is no Ray cluster: {_EXPECTED}")
         if self.cpus < 1 or self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
             raise BankError(
                 f"{self.cpus} CPUs and {self.gpus:g} GPUs a task were asked for, expected at least 1 CPU, and a part "
@@ -136,13 +145,23 @@ def _connect(ray: Any, address: str) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options |= {"num_cpus": cores, "include_dashboard": False}
     try:
+        where = _socket(address)
+        if where is not None:
+            with socket.create_connection(where, ANSWER_SECONDS):  # Ray itself would try for minutes
+                pass
         ray.init(address=address, **options)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise BankError(
             f"no Ray cluster can be used at {address} ({first}): start one with 'ray start --head', on the other "
-            "machines 'ray start --address=HOST:6379', and give its address, or give 'local'"
+            f"machines 'ray start --address=HOST:6379'; {_EXPECTED}"
         ) from error
+
+
+def _socket(address: str) -> tuple[str, int] | None:
+    """Host and port of an address that has them."""
+    found = re.fullmatch(r"(?:ray://)?(\[[0-9a-fA-F:]+\]|[^\s:/]+):(\d{1,5})", address)
+    return (found[1].strip("[]"), int(found[2])) if found and int(found[2]) < 2**16 else None
 
 
 def _in_task(work: Work, images: Labelled, model: tuple[Header, NDArray[np.uint8]]) -> Outcome:

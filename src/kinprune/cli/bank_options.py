@@ -267,8 +267,16 @@ Threads = Annotated[
 ]
 Limit = Annotated[
     int | None,
+    typer.Option("--limit", metavar="N", parser=whole(1), rich_help_panel=RUNNING, help="The N newest. [default: 100]"),
+]
+Before = Annotated[
+    int | None,
     typer.Option(
-        "--limit", metavar="N", parser=whole(1), rich_help_panel=RUNNING, help="Only the N newest. [default: all]"
+        "--before",
+        metavar="ID",
+        parser=whole(1),
+        rich_help_panel=RUNNING,
+        help="Only records older than this one: the page before the one that begins with it.",
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", rich_help_panel=RUNNING, help="Remove without asking.")]
