@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,9 +81,48 @@ def find_postgresql() -> Path | None:
     return programs if programs and (programs / "postgres").exists() else None
 
 
+class PostgreSQL:
+    """A server on a socket in a folder of its own, with its data there: it can be stopped and started again."""
+
+    def __init__(self, programs: Path) -> None:
+        self.programs = programs
+        self.folder = Path(tempfile.mkdtemp(prefix="kp-pg-", dir="/tmp"))  # a socket's path may have 107 bytes
+        self.url = f"postgresql+psycopg://kinprune@/postgres?host={self.folder}"
+        self.log = (self.folder / "log").open("wb")
+        self.run: dict[str, Any] = {"cwd": self.folder, "stdout": self.log, "stderr": self.log}
+        if os.geteuid() == 0:  # initdb refuses to run as root
+            account = pwd.getpwnam(next(name for name in ("postgres", "nobody") if name in known_users()))
+            os.chown(self.folder, account.pw_uid, account.pw_gid)
+            self.run |= {"user": account.pw_name, "group": account.pw_gid, "extra_groups": []}
+
+    def make(self) -> None:
+        make = ("-U", "kinprune", "--auth=trust", "--no-sync", "-E", "UTF8")
+        subprocess.run([self.programs / "initdb", "-D", self.folder / "data", *make], check=True, **self.run)
+        self.start()
+
+    def start(self) -> None:
+        settings = ("listen_addresses=", "fsync=off", "shared_buffers=16MB", "max_connections=40")
+        place = ("-D", self.folder / "data", "-k", self.folder)
+        self.server = subprocess.Popen(
+            [self.programs / "postgres", *place, *(f"--{setting}" for setting in settings)], **self.run
+        )
+        wait_for_socket(self.folder, self.server)
+
+    def stop(self) -> None:
+        """At once, as in a crash: whoever is connected loses the connection, and what was not committed is gone."""
+        self.server.send_signal(signal.SIGQUIT)
+        self.server.wait(60)
+
+    def remove(self) -> None:
+        if hasattr(self, "server"):
+            self.stop()
+        self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
-def postgresql_server() -> Iterator[str]:
-    """A throw-away server on a socket of its own, and the URL of its database.
+def postgresql() -> Iterator[PostgreSQL]:
+    """A throw-away server.
 
     Without PostgreSQL's programs the tests that need it are skipped; where ``CI`` is set they fail.
     """
@@ -92,40 +132,18 @@ def postgresql_server() -> Iterator[str]:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="kp-pg-", dir="/tmp"))  # a socket's path may have 107 bytes
-    # initdb refuses to run as root.
-    user = None if os.geteuid() else next(name for name in ("postgres", "nobody") if name in known_users())
-    if user is not None:
-        account = pwd.getpwnam(user)
-        os.chown(folder, account.pw_uid, account.pw_gid)
-    run = {"user": user, "group": account.pw_gid, "extra_groups": []} if user else {}
-    log = (folder / "log").open("wb")
+    server = PostgreSQL(programs)
     try:
-        subprocess.run(
-            [programs / "initdb", "-D", folder / "data", "-U", "kinprune", "--auth=trust", "--no-sync", "-E", "UTF8"],
-            check=True,
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            **run,  # type: ignore[call-overload]
-        )
-        settings = ("listen_addresses=", "fsync=off", "shared_buffers=16MB", "max_connections=40")
-        server = subprocess.Popen(
-            [programs / "postgres", "-D", folder / "data", "-k", folder, *(f"--{setting}" for setting in settings)],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            **run,
-        )
-        try:
-            wait_for_socket(folder, server)
-            yield f"postgresql+psycopg://kinprune@/postgres?host={folder}"
-        finally:
-            server.send_signal(signal.SIGQUIT)  # at once: nothing in it is needed again
-            server.wait(60)
+        server.make()
+        yield server
     finally:
-        log.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        server.remove()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(postgresql: PostgreSQL) -> str:
+    """The URL of the throw-away server's database."""
+    return postgresql.url
 
 
 def known_users() -> set[str]:

@@ -415,7 +415,11 @@ REFUSED = [
     ("no database", NEW.replace("{new}", "{place}/notes.txt"), ["notes.txt", "not a database"]),
     ("another database", NEW.replace("{new}", "{place}/other.sqlite"), ["is a database, but no bank"]),
     ("kind of database", NEW.replace("{new}", "mysql://me:secret@host/x"), ["'mysql'", "expected a file such as"]),
-    ("unreachable", NEW.replace("{new}", "postgresql://me:secret@localhost:1/x"), ["postgresql"]),
+    (
+        "unreachable",
+        NEW.replace("{new}", "postgresql://me:secret@localhost:1/x"),
+        ["me:***@localhost:1/x cannot be reached", "run the same command again"],
+    ),
     ("unknown store", f"{NEW} --store nosuch://x", ["nosuch://x", "fsspec"]),
     ("another model", f"{OLD} --model test_vit --random", ["another backbone", "test_vit", "test_resnet"]),
     ("another size", f"{OLD} --model test_resnet --random --image-size 48", ["image_size is (48, 48)", "(32, 32)"]),
@@ -482,10 +486,12 @@ def test_refused(
     fruit: Path,
     place: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     command: str,
     says: list[str],
 ) -> None:
     """One message, exit code 2, and not a file made or changed."""
+    monkeypatch.setattr("kinprune.bank.retrying.RETRY_SECONDS", 0.0)
     bank = built[0]
     watched = [tmp_path, place, bank.parent]
     before = [contents(folder) for folder in watched]

@@ -15,6 +15,7 @@ from typing import Literal
 from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from kinprune.bank import schema
+from kinprune.bank.retrying import retried
 from kinprune.bank.storage import Bank, parts
 from kinprune.errors import BankError
 
@@ -31,6 +32,7 @@ class ClaimEntry:
     seconds: float
 
 
+@retried
 def claim(bank: Bank, key: str, owner: str, seconds: float) -> Claimed:
     """Claim the record of a key for an owner and for so many seconds from now.
 
@@ -59,6 +61,7 @@ def claim(bank: Bank, key: str, owner: str, seconds: float) -> Claimed:
     return "yes"
 
 
+@retried
 def renew(bank: Bank, keys: Collection[str], owner: str, seconds: float) -> set[str]:
     """Let an owner's claims run out that many seconds from now, and return the keys that it still holds.
 
@@ -80,6 +83,7 @@ def renew(bank: Bank, keys: Collection[str], owner: str, seconds: float) -> set[
     return held
 
 
+@retried
 def release(bank: Bank, keys: Collection[str], owner: str) -> None:
     """Give up an owner's claims, so that others need not wait until they run out; those of others stay."""
     if keys:
@@ -89,6 +93,7 @@ def release(bank: Bank, keys: Collection[str], owner: str) -> None:
                 connection.execute(delete(schema.claim).where(own))
 
 
+@retried
 def claims(bank: Bank) -> list[ClaimEntry]:
     """The records under way, the claim that runs out next first; those that ran out are not among them."""
     with schema.reading(bank.engine) as connection:
@@ -98,6 +103,7 @@ def claims(bank: Bank) -> list[ClaimEntry]:
     return [ClaimEntry(row.key, row.owner, row.until - now) for row in rows]
 
 
+@retried
 def count_claims(bank: Bank) -> int:
     """How many records are under way."""
     with schema.reading(bank.engine) as connection:
@@ -105,6 +111,7 @@ def count_claims(bank: Bank) -> int:
         return int(connection.execute(query).scalar_one())
 
 
+@retried
 def drop_expired(bank: Bank) -> int:
     """Remove the claims that ran out, and return how many they were."""
     with schema.writing(bank.engine) as connection:

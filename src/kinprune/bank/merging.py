@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from sqlalchemy import select
 
 from kinprune.bank import schema
 from kinprune.bank.record import Header, check_backbone
+from kinprune.bank.retrying import retried
 from kinprune.bank.rows import Rows, altered, entry_of, probe_of, units_of
 from kinprune.bank.storage import Bank, write_rows
 from kinprune.errors import BankError
@@ -24,9 +26,7 @@ def merge(target: Bank, source: Bank, on_record: Callable[[int, int], None] | No
             source is damaged (those before it are copied).
     """
     check_same(target.header, source.header)
-    with schema.reading(source.engine) as connection:
-        columns = select(schema.record.c.id, schema.record.c.key).order_by(schema.record.c.id)
-        listed = connection.execute(columns).all()
+    listed = _listed(source)
     have = target.keys()
     added = 0
     for done, row in enumerate(listed, start=1):
@@ -58,6 +58,14 @@ def check_same(target: Header, source: Header) -> None:
             )
 
 
+@retried
+def _listed(source: Bank) -> Sequence[Any]:
+    columns = select(schema.record.c.id, schema.record.c.key).order_by(schema.record.c.id)
+    with schema.reading(source.engine) as connection:
+        return connection.execute(columns).all()
+
+
+@retried
 def _rows(source: Bank, number: int) -> Rows:
     """A record's rows as they are, once they are known to be whole."""
     with schema.reading(source.engine) as connection:

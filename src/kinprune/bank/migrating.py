@@ -7,6 +7,7 @@ from pathlib import Path
 from sqlalchemy import Connection, inspect
 
 from kinprune.bank import schema
+from kinprune.bank.retrying import retry
 from kinprune.errors import BankError
 
 
@@ -26,13 +27,20 @@ def upgrade_bank(address: str | Path) -> tuple[str, str]:
     url = schema.parse_address(address)
     if url.database and url.get_backend_name() == "sqlite" and not Path(url.database).is_file():
         raise BankError(f"there is no bank at {url.database}: correct the path")
-    with schema.connected(url) as engine, schema.writing(engine) as connection:
-        if not inspect(connection).has_table("alembic_version"):
-            raise BankError(f"{url.render_as_string()} is a database, but no bank: make one with 'kinprune bank build'")
-        before = schema.read_version(connection)
-        if before > schema.VERSION:
-            raise BankError(
-                f"{url.render_as_string()} has the schema {before}, newer than {schema.VERSION} here: upgrade Kinprune"
-            )
-        upgrade(connection)
-    return before, schema.VERSION
+    name = schema.shown(url)
+    before: str | None = None
+
+    def bring_up() -> str:
+        nonlocal before
+        with schema.writing(engine) as connection:
+            if not inspect(connection).has_table("alembic_version"):
+                raise BankError(f"{name} is a database, but no bank: make one with 'kinprune bank build'")
+            found = schema.read_version(connection)
+            if found > schema.VERSION:
+                raise BankError(f"{name} has the schema {found}, newer than {schema.VERSION} here: upgrade Kinprune")
+            upgrade(connection)
+            before = before or found  # run again, it may find its own work
+        return before
+
+    with schema.connected(url) as engine:
+        return retry(bring_up), schema.VERSION

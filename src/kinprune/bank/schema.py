@@ -28,8 +28,9 @@ from sqlalchemy import (
     make_url,
 )
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
+from kinprune.bank.retrying import LostConnection, retry
 from kinprune.errors import BankError
 
 VERSION = "0002"
@@ -37,6 +38,18 @@ VERSION = "0002"
 
 BUSY_SECONDS = 60
 """How long a writer waits for others before it gives up."""
+
+IDLE_SECONDS = 30
+"""How long PostgreSQL waits for a writer in the middle of a transaction, which others wait for, before it ends it."""
+
+_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 40_000,
+}
+"""When libpq gives up a server that has gone without a word: else hours later. What a URL says comes first."""
 
 WRITERS = 7_205_771_348
 """The advisory lock that writers in PostgreSQL take; any number that other programs are unlikely to use."""
@@ -128,13 +141,14 @@ def connect(url: URL) -> Engine:
     """
     try:
         if url.get_backend_name() == "postgresql":
-            engine = create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED")
+            more = {name: value for name, value in _PATIENCE.items() if name not in url.query}
+            engine = create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED", connect_args=more)
             event.listen(engine, "begin", _begin_postgresql)
             return engine
         engine = create_engine(_unless_read_only(url), connect_args={"timeout": BUSY_SECONDS})
     except (ImportError, NoSuchModuleError) as error:
         raise BankError(
-            f"a bank at {url.render_as_string()} needs a package that is not installed ({error}): "
+            f"a bank at {shown(url)} needs a package that is not installed ({error}): "
             "pip install 'kinprune[postgresql]'"
         ) from error
     event.listen(engine, "connect", _prepare_sqlite)
@@ -175,22 +189,38 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _begin_postgresql(connection: Connection) -> None:
     if connection.get_execution_options().get("writes", False):
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
+        # Who has gone in the middle must not hold the lock that all others wait for.
+        limits = {"lock_timeout": BUSY_SECONDS, "idle_in_transaction_session_timeout": IDLE_SECONDS}
+        sets = ", ".join(f"set_config('{name}', '{seconds}s', true)" for name, seconds in limits.items())
+        connection.exec_driver_sql(f"SELECT {sets}")
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS})")
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A transaction that only reads; what goes wrong in the database is said as a BankError."""
-    with _told(engine), engine.connect() as connection:
+    """A transaction that only reads; what goes wrong in the database is said as a BankError.
+
+    A server that cannot be reached is tried for a while. One that is lost in the middle is a ``LostConnection``: who
+    can begin anew is ``retried``.
+    """
+    with _told(engine), retry(lambda: _connection(engine)) as connection:
         yield connection
 
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A transaction that writes all or nothing."""
-    with _told(engine), engine.connect().execution_options(writes=True) as connection, connection.begin():
+    """A transaction that writes all or nothing; after a ``LostConnection`` at its end nobody knows which."""
+    with (
+        _told(engine),
+        retry(lambda: _connection(engine)).execution_options(writes=True) as connection,
+        connection.begin(),
+    ):
         yield connection
+
+
+def _connection(engine: Engine) -> Connection:
+    with _told(engine):
+        return engine.connect()
 
 
 @contextmanager
@@ -198,10 +228,41 @@ def _told(engine: Engine) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
+        place, why = f"the bank's database {shown(engine.url)}", " ".join(str(error.orig).split())
+        if engine.dialect.name == "postgresql" and _is_lost(error):
+            raise LostConnection(place, why) from error
         raise BankError(
-            f"the bank's database {engine.url.render_as_string()} fails: {str(error.orig).strip()}: check that it is "
-            "reachable, complete and writable, and try again"
+            f"{place} fails: {why}: check that it is reachable, complete and writable, and try again"
         ) from error
+
+
+def _is_lost(error: DBAPIError) -> bool:
+    """Whether a server ended the connection, cannot be reached, or is too busy for one more: it may be back soon."""
+    if error.connection_invalidated:
+        return True
+    state = getattr(error.orig, "sqlstate", None)
+    if not isinstance(error, OperationalError) or any(words in str(error.orig) for words in _REFUSED):
+        return False
+    return state is None or state[:2] == "08" or state in _COMES_BACK
+
+
+_COMES_BACK = ("57P01", "57P02", "57P03", "53300")
+"""PostgreSQL's codes of a server that is shut down, crashed, starting, or has too many connections."""
+
+_REFUSED = (
+    "password authentication failed",
+    "no password supplied",
+    "does not exist",
+    "pg_hba.conf",
+    "does not support SSL",
+    "certificate verify failed",
+)
+"""Said at connecting, where there is no code yet, of what no second try would change."""
+
+
+def shown(url: URL) -> str:
+    """A database's URL without its passwords, to be shown."""
+    return url.difference_update_query([name for name in url.query if "password" in name.lower()]).render_as_string()
 
 
 def read_version(connection: Connection) -> str:
@@ -209,7 +270,7 @@ def read_version(connection: Connection) -> str:
     version = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
     if version is None:
         raise BankError(
-            f"{connection.engine.url.render_as_string()} does not say which schema it has: it was altered; restore "
+            f"{shown(connection.engine.url)} does not say which schema it has: it was altered; restore "
             "the bank from a copy"
         )
     return str(version)

@@ -14,6 +14,7 @@ from kinprune.bank import schema
 from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.bank.claims import drop_expired
 from kinprune.bank.record import Entry, Header, Record, record_problems, tensor_problems
+from kinprune.bank.retrying import LostConnection, retried
 from kinprune.bank.rows import entry_of, probe_of, units_of
 from kinprune.bank.storage import Bank, drop_unreferenced, parts
 from kinprune.bank.weights import unpack
@@ -63,8 +64,7 @@ def verify(bank: Bank, *, weights: bool = True, on_record: OnRecord | None = Non
     """
     files = list(bank.store.files())  # before the rows: what is being written now is not called unreferenced
     stored = {file.digest for file in files if file.digest is not None}
-    with schema.reading(bank.engine) as connection:
-        ids = list(connection.execute(select(schema.record.c.id).order_by(schema.record.c.id)).scalars())
+    ids = _ids(bank)
     problems = [*_database_problems(bank), *_orphans(bank)]
     shapes: _Shapes | None = None
     if bank.header.backbone_weights not in stored:
@@ -72,6 +72,8 @@ def verify(bank: Bank, *, weights: bool = True, on_record: OnRecord | None = Non
     elif weights:
         try:
             shapes = _Shapes.of(bank)
+        except LostConnection:
+            raise
         except KinpruneError as error:
             problems.append(Problem(None, f"its backbone cannot be made, so no tensor's shape was checked: {error}"))
     referenced = {bank.header.backbone_weights}
@@ -128,14 +130,25 @@ def _rows(bank: Bank, ids: list[int]) -> Iterator[tuple[int, _Rows | None]]:
         part = ids[start : start + 50]
         try:
             yield from _read(bank, part)
+        except LostConnection:
+            raise
         except (KinpruneError, TypeError, ValueError):
             for number in part:
                 try:
                     yield from _read(bank, [number])
+                except LostConnection:
+                    raise
                 except (KinpruneError, TypeError, ValueError):
                     yield number, None
 
 
+@retried
+def _ids(bank: Bank) -> list[int]:
+    with schema.reading(bank.engine) as connection:
+        return list(connection.execute(select(schema.record.c.id).order_by(schema.record.c.id)).scalars())
+
+
+@retried
 def _read(bank: Bank, ids: list[int]) -> list[tuple[int, _Rows]]:
     found = []
     with schema.reading(bank.engine) as connection:
@@ -146,6 +159,7 @@ def _read(bank: Bank, ids: list[int]) -> list[tuple[int, _Rows]]:
     return [(number, _Rows(records.get(number), probes.get(number), units.get(number))) for number in ids]
 
 
+@retried
 def _is_there(bank: Bank, number: int) -> bool:
     with schema.reading(bank.engine) as connection:
         return connection.execute(select(schema.record.c.id).where(schema.record.c.id == number)).first() is not None
@@ -170,6 +184,8 @@ def _record_problems(
         try:
             content = bank.store.get(digest)
             tensors = unpack(content)
+        except LostConnection:  # the server's fault, and no record's
+            raise
         except BankError as error:
             yield str(error)
             return
@@ -223,10 +239,13 @@ def _orphans(bank: Bank) -> Iterator[Problem]:
         try:
             for number in _without_record(bank, table):
                 yield Problem(number, f"there is {what} of record {number}, and no such record: remove it")
+        except LostConnection:
+            raise
         except BankError as error:
             yield Problem(None, str(error))
 
 
+@retried
 def _without_record(bank: Bank, table: Table) -> list[int]:
     query = (
         select(table.c.record)

@@ -21,6 +21,7 @@ from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Record, create_bank, open_bank, schema, upgrade_bank, verify
 from kinprune.bank.claims import claim, claims
 from kinprune.bank.migrating import upgrade
+from kinprune.bank.retrying import LostConnection
 from kinprune.errors import BankError
 from kinprune.units import UnitSpace
 
@@ -178,9 +179,15 @@ def test_bad_addresses_are_refused(address: str, words: str) -> None:
         open_bank(address)
 
 
-def test_a_server_that_is_not_there_is_told_without_the_password(tmp_path: Path) -> None:
-    with pytest.raises(BankError, match="check that it is reachable") as caught:
-        open_bank(f"postgresql://me:hunter2@/bank?host={tmp_path}")
+@pytest.mark.parametrize(
+    "address", ["postgresql://me:hunter2@/bank?host={}", "postgresql:///bank?password=hunter2&host={}"]
+)
+def test_a_server_that_is_not_there_is_told_without_the_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr("kinprune.bank.retrying.RETRY_SECONDS", 0.0)
+    with pytest.raises(LostConnection, match=r"cannot be reached .* run the same command again") as caught:
+        open_bank(address.format(tmp_path))
     assert "hunter2" not in str(caught.value)
 
 
