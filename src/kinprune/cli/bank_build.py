@@ -220,14 +220,14 @@ def _given(
 def _find(place: _Place) -> Bank | None:
     """The bank, if it is there; whatever can be refused before data are looked at is."""
     from kinprune.backbones.spec import check_name
-    from kinprune.bank import open_bank
+    from kinprune.bank import bank_exists, open_bank
     from kinprune.bank.schema import parse_address
     from kinprune.bank.weights import WeightStore
 
     url = parse_address(place.address)
     if place.model is not None:
         check_name(place.model)
-    if _exists(place.address):
+    if bank_exists(place.address):
         bank = open_bank(place.address)
         if place.model is None and place.options:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in place.options)
@@ -256,19 +256,6 @@ def _find(place: _Place) -> Bank | None:
         for _ in WeightStore(_full(place.store)).digests():  # refused here where it cannot be reached
             break
     return None
-
-
-def _exists(address: str) -> bool:
-    from sqlalchemy import inspect
-
-    from kinprune.bank import schema
-
-    url = schema.parse_address(address)
-    if url.get_backend_name() == "sqlite":
-        path = Path(url.database or "")
-        return path.is_file() and path.stat().st_size > 0
-    with schema.reading(schema.connect(url)) as connection:
-        return inspect(connection).has_table("bank")
 
 
 def _full(store: str) -> str:
@@ -335,7 +322,7 @@ class _Workers:
     def beginning(self) -> str:
         """What is done before the first task."""
         if self.cluster is not None:
-            return f"giving images and model to Ray at {self.cluster.address}"
+            return "starting Ray" if self.cluster.address == "local" else "giving the images and the model to Ray"
         return "reading the sources" if self.workers == 1 else f"starting {self.workers} workers"
 
 
