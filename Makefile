@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test soak lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(STAMP) ## adapt a model to photos it has not seen, at three sizes, in ab
 
 test: $(STAMP) ## run the tests (ARGS="tests/unit -k name" for some of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+soak: $(STAMP) ## kill builders, servers and machines at random for minutes (KINPRUNE_SOAK_SECONDS each), and check the bank
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/soak $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
-"""A build in a process of its own, which tests stop: ``ADDRESS FOLDER WORKERS [STEPS RAY]``, a line for each task."""
+"""A build in a process of its own, which tests stop: a line for each task."""
 
 from __future__ import annotations
 
-import sys
+from argparse import ArgumentParser
 from dataclasses import replace
 
 from kinprune.bank import open_bank
@@ -15,9 +15,9 @@ TASKS = 5
 PLAN = Plan(Budget(keep=0.3), rounds=2, round_steps=1, score_images=16, recipe=Recipe(steps=2, batch_size=8))
 
 
-def sources(folder: str) -> list[Source]:
-    """Five tasks of two classes each."""
-    return sample_sources([Source(folder)], TASKS, 2, seed=3)
+def sources(folder: str, tasks: int = TASKS) -> list[Source]:
+    """Tasks of two classes each."""
+    return sample_sources([Source(folder)], tasks, 2, seed=3)
 
 
 def tell(done: Done, number: int, of: int) -> None:
@@ -31,9 +31,19 @@ def longer(steps: int) -> Plan:
 
 
 if __name__ == "__main__":
-    address, folder, workers, *more = sys.argv[1:]
-    plan = longer(int(more[0])) if more else PLAN
-    cluster = Cluster(more[1]) if more else None
+    parser = ArgumentParser()
+    for name, kind in (("address", str), ("folder", str), ("workers", int)):
+        parser.add_argument(name, type=kind)
+    for name, kind, usual in (("--steps", int, PLAN.recipe.steps), ("--tasks", int, TASKS), ("--ray", str, None)):
+        parser.add_argument(name, type=kind, default=usual)
+    given = parser.parse_args()
     print(
-        build(open_bank(address), sources(folder), plan, workers=int(workers), cluster=cluster, watch=Watch(tell)),
+        build(
+            open_bank(given.address),
+            sources(given.folder, given.tasks),
+            longer(given.steps),
+            workers=given.workers,
+            cluster=Cluster(given.ray) if given.ray else None,
+            watch=Watch(tell),
+        )
     )

@@ -142,7 +142,7 @@ def test_a_build_that_was_killed_goes_on_and_the_cluster_is_free_for_it(
     machines: Any, bank: Bank, images: str, builder: ModuleType, expected: dict[str, str]
 ) -> None:
     node = add(machines, 2)
-    command = [sys.executable, str(BUILDER), bank.address, images, "1", str(STEPS), machines.address]
+    command = [sys.executable, str(BUILDER), bank.address, images, "1", f"--steps={STEPS}", f"--ray={machines.address}"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert running.stdout is not None and running.stderr is not None
