@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,14 +14,20 @@ from torch import Tensor
 
 from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Entry, ProbeChunk
+from kinprune.bank.listing import draw
+from kinprune.bank.schema import shown
+from kinprune.bank.sketches import likely_probes
 from kinprune.calibration import Probe
 from kinprune.errors import BankError
 from kinprune.evaluation import logits
 from kinprune.preprocessing import Preprocessing
-from kinprune.transferability import Sources, Target, nearest, transferability
+from kinprune.transferability import Leaders, Sources, Target, transferability
 from kinprune.units import Mask, UnitSpace, extract
 
 Which = Literal["nearest", "farthest", "random", "all"]
+
+Ranked = list[tuple[str, float]]
+"""Keys and similarities of records."""
 
 NEIGHBOURS = 10
 """How many neighbours vote unless something else is asked for."""
@@ -63,7 +70,8 @@ def find_kin(
 ) -> list[Neighbour]:
     """The neighbours of a target in a bank, nearest first; equally near ones by key, whatever the bank's order.
 
-    Probes are read and compared some thousands at a time. ``classes`` are the target's class names, only to say which
+    Probes are read and compared a thousand at a time, and only those that lead so far are kept (see ``Leaders``):
+    memory is that of what is asked for, not of the bank. ``classes`` are the target's class names, only to say which
     are shared; records with a key in ``without`` are left out. ``exact`` is not done here (see ``rank_exactly``).
 
     Raises:
@@ -71,28 +79,22 @@ def find_kin(
         TransferabilityError: the measure cannot be computed.
     """
     search = Search() if search is None else search
-    ids: list[NDArray[np.int64]] = []
-    keys: list[str] = []
-    scores: list[NDArray[np.float64]] = []
-    for chunk in bank.probes():
-        for places in _alike(chunk, without):
-            sources = sources_of([chunk.probes[place] for place in places])
-            if search.which == "nearest":
-                count = min(_wanted(search), len(places))
-                best, values = nearest(search.measure, target, sources, count, seed=search.seed)
-                places = places[best]
-            else:
-                values = transferability(search.measure, target, sources)
-            ids.append(chunk.ids[places])
-            keys.extend(chunk.keys[place] for place in places)
-            scores.append(values)
-    if not keys:
-        raise BankError(f"the bank {bank.address} holds no record to learn from: fill it with 'kinprune bank build'")
-    chosen = _choose(np.concatenate(scores), keys, search)
-    numbers, similarities = np.concatenate(ids)[chosen], np.concatenate(scores)[chosen]
+    if search.which == "all":
+        ranked = _scored(_ahead(bank.probes()), target, search, without)
+    elif search.which == "random":
+        drawn = draw(bank, search.count, search.seed, without)
+        ranked = _scored(bank.probes(ids=drawn), target, search, without)
+    else:
+        ranked = _leading(bank, target, search, without)
+    if not ranked:
+        raise BankError(
+            f"the bank {shown(bank.engine.url)} holds no record to learn from: fill it with 'kinprune bank build'"
+        )
+    entries = bank.find([key for key, _ in ranked])
+    _check_there(bank, ranked, entries)
     return [
-        Neighbour(entry, float(similarity), tuple(name for name in entry.classes if name in classes))
-        for entry, similarity in zip(bank.entries(numbers.tolist()), similarities, strict=True)
+        Neighbour(entries[key], similarity, tuple(name for name in entries[key].classes if name in classes))
+        for key, similarity in ranked
     ]
 
 
@@ -123,18 +125,60 @@ def rank_exactly(
     return [*again, *neighbours[search.exact :]][: search.count]
 
 
-def _alike(chunk: ProbeChunk, without: Collection[str]) -> Iterator[NDArray[np.int64]]:
-    """The places of probes that may be compared, those of about as many classes together.
+def _leading(bank: Bank, target: Target, search: Search, without: Collection[str]) -> Ranked:
+    """Those at the near end of the bank, or at its far end."""
+    far = search.which == "farthest"
+    count = search.count if far else _wanted(search)
+    leaders = Leaders(search.measure, target, count, farthest=far, seed=search.seed)
+    for chunk in _ahead(bank.probes() if far else likely_probes(bank, leaders.seen, search.measure)):
+        for places, sources in chunk.by_classes(_by_key(chunk, without)):
+            leaders.add(sources, np.array([chunk.keys[place] for place in places]))
+    keys, scores = leaders.best()
+    ranked = list(zip(keys.tolist(), scores.tolist(), strict=True))
+    return _nearest_first(ranked) if far else ranked
 
-    They are padded to the most classes of any: one broad task among thousands of small ones would make all of them
-    large. Within a factor of two, padding at most doubles them. They are in the order of their keys: the last bit of a
-    product depends on where in a matrix a row stands, and a bank's order is to mean nothing.
+
+def _scored(chunks: Iterable[ProbeChunk], target: Target, search: Search, without: Collection[str]) -> Ranked:
+    """All of some probes."""
+    ranked: Ranked = []
+    for chunk in chunks:
+        for places, sources in chunk.by_classes(_by_key(chunk, without)):
+            scores = transferability(search.measure, target, sources).tolist()
+            ranked += zip((chunk.keys[place] for place in places), scores, strict=True)
+    return _nearest_first(ranked)
+
+
+def _nearest_first(ranked: Ranked) -> Ranked:
+    return sorted(ranked, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _by_key(chunk: ProbeChunk, without: Collection[str]) -> NDArray[np.int64]:
+    """The places of those that are to be compared in the order of their keys.
+
+    The last bit of a product depends on where in a matrix a row stands, and a bank's order is to mean nothing.
     """
-    seen = sorted((key, place) for place, key in enumerate(chunk.keys) if key not in without)
-    places = np.array([place for _, place in seen], dtype=np.int64)
-    levels = np.array([(len(chunk.probes[place].biases) - 1).bit_length() for place in places], dtype=np.int64)
-    for level in np.unique(levels):
-        yield places[levels == level]
+    return np.array(
+        [place for key, place in sorted(zip(chunk.keys, range(len(chunk)), strict=True)) if key not in without],
+        dtype=np.int64,
+    )
+
+
+def _ahead(chunks: Iterator[ProbeChunk]) -> Iterator[ProbeChunk]:
+    """Each chunk while a thread reads the next: SQLite and hashing let go of Python's lock, and so do products."""
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, chunks, None)
+        while (chunk := following.result()) is not None:
+            following = reader.submit(next, chunks, None)
+            yield chunk
+
+
+def _check_there(bank: Bank, ranked: Ranked, entries: Container[str]) -> None:
+    gone = [key for key, _ in ranked if key not in entries]
+    if gone:
+        raise BankError(
+            f"the record {gone[0][:12]} was altered or removed while the bank was read: try again; if that does not "
+            f"help, 'kinprune bank verify' says what is damaged"
+        )
 
 
 def sources_of(probes: Sequence[Probe]) -> Sources:
@@ -152,21 +196,6 @@ def sources_of(probes: Sequence[Probe]) -> Sources:
 
 def _wanted(search: Search) -> int:
     return max(search.count, search.exact)
-
-
-def _choose(scores: NDArray[np.float64], keys: list[str], search: Search) -> NDArray[np.int64]:
-    order = np.array(sorted(range(len(keys)), key=lambda place: (-scores[place], keys[place])), dtype=np.int64)
-    if search.which == "all":
-        return order
-    if search.which == "farthest":
-        return order[-search.count :]
-    if search.which == "random":
-        # Drawn by key, so that the order in which a bank was filled does not matter.
-        by_key = np.argsort(np.array(keys), kind="stable")
-        drawn = np.random.default_rng(search.seed).permutation(len(keys))[: search.count]
-        chosen = set(by_key[drawn].tolist())
-        return np.array([place for place in order if int(place) in chosen], dtype=np.int64)
-    return order[: _wanted(search)]
 
 
 def _answers(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinprune.bank import Bank, Entry
+from kinprune.bank.listing import draw
 from kinprune.errors import BankError
 from kinprune.overlap import expected_overlap, overlap
 from kinprune.pair_statistics import (
@@ -32,6 +33,9 @@ from kinprune.voting import counts_for
 
 PAIRS = 20_000
 """Pairs that are compared unless more are asked for: all of 200 tasks."""
+
+TASKS = 2000
+"""Tasks of a bank that are compared unless some are named: they make two million pairs."""
 
 QUARTER = 0.25
 """The share of pairs that counts as the most or the least similar."""
@@ -154,12 +158,14 @@ class PairOverlap:
 def source_tasks(bank: Bank, ids: Sequence[int] | None = None) -> list[Entry]:
     """The records of these ids, or all, in the order of their keys, which is the same in every copy of a bank.
 
+    Of a bank of more than ``TASKS`` records so many are drawn, by their keys.
+
     Raises:
         BankError: one is not there or given twice, or they are fewer than two.
     """
     if ids is not None and len(set(ids)) < len(ids):
         raise BankError(f"the tasks {', '.join(map(str, ids))} name one twice, expected different records")
-    entries = bank.entries(ids)
+    entries = bank.entries(draw(bank, TASKS, 0) if ids is None and len(bank) > TASKS else ids)
     if len(entries) < 2:
         raise BankError(
             f"overlap needs two tasks or more, {len(entries)} {'is' if len(entries) == 1 else 'are'} "
@@ -315,7 +321,7 @@ def _means(bank: Bank, tasks: Sequence[Entry]) -> Sources:
     counts = np.array([len(entry.classes) for entry in tasks], dtype=np.int64)
     means = np.zeros((len(tasks), int(counts.max()), bank.header.features), dtype=np.float16)
     missing = set(places)
-    for chunk in bank.probes(READ):
+    for chunk in bank.probes(ids=list(places)):
         for number, probe in zip(chunk.ids.tolist(), chunk.probes, strict=True):
             if number in missing:
                 means[places[number], : len(probe.means)] = probe.means

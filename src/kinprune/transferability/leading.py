@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from kinprune.transferability.inputs import Scores, Sources, Target, sample
 from kinprune.transferability.measures import Measure, sample_size, transferability
 
 LEADERS, LEADERS_EACH = 1000, 50
-"""How many source tasks lead on a sample of the images and so earn all of them: the least, and for each one asked."""
+"""How many source tasks lead, and are scored once more at the end: the least, and for each one asked."""
 
 Keys = NDArray[np.str_]
 
@@ -35,8 +36,8 @@ class Leaders:
     sample may be missed. "class-mean", measures of one's own and the farthest are scored in full. Memory is that of
     the leaders and of what is given at a time.
 
-    At the end the leaders are scored once more in the order of their keys: the last bit of a product depends on where
-    in a matrix a row stands.
+    At the end each of the best is scored once more by itself: the last bit of a product depends on where in which
+    matrix a row stands, and what else was there is to mean nothing.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class Leaders:
         self._measure, self._target, self._count = measure, target, count
         self._sign = -1.0 if farthest else 1.0
         images = None if farthest else sample_size(measure, target)
-        self._seen = target if images is None else sample(target, images, seed)
-        self._most = count if images is None else max(LEADERS, LEADERS_EACH * count)
+        self.seen = target if images is None else sample(target, images, seed)
+        self._most = max(LEADERS, LEADERS_EACH * count)
         self._scores: Scores = np.empty(0)
         self._keys: Keys = np.empty(0, dtype=np.str_)
         self._rows: list[_Row] = []
 
     def add(self, sources: Sources, keys: Keys) -> None:
         """Look at some source tasks, ``keys [N]`` beside them. Raises as ``transferability``."""
-        scores = self._sign * transferability(self._measure, self._seen, sources)
+        scores = self._sign * transferability(self._measure, self.seen, sources)
         full = len(self._scores) == self._most
         able = np.flatnonzero(scores >= self._scores[-1]) if full else np.arange(len(scores))
         if not len(able):
@@ -70,15 +71,24 @@ class Leaders:
 
     def best(self) -> tuple[Keys, Scores]:
         """The keys and exact scores of the best, nearest (or farthest) first; of equal scores the lower key's."""
-        counts = np.array([len(row.biases) for row in self._rows], dtype=np.int64)
-        by_key = np.argsort(self._keys, kind="stable")
-        scores = np.empty(len(by_key))
+        best = self._order(self._keys, self._exact(self._rows))[: self._count]
+        keys = self._keys[best]
+        alone = np.array([self._exact([self._rows[place]])[0] for place in best.tolist()])
+        order = self._order(keys, alone)
+        return keys[order], alone[order]
+
+    def _order(self, keys: Keys, scores: Scores) -> NDArray[np.int64]:
+        return np.lexsort((keys, -self._sign * scores))
+
+    def _exact(self, rows: Sequence[_Row]) -> Scores:
+        """Scores on all images; source tasks of as many classes are compared together."""
+        counts = np.array([len(row.biases) for row in rows], dtype=np.int64)
+        scores = np.empty(len(rows))
         for classes in np.unique(counts):
-            places = by_key[counts[by_key] == classes]
-            sources = _stacked([self._rows[place] for place in places.tolist()])
+            places = np.flatnonzero(counts == classes)
+            sources = _stacked([rows[place] for place in places.tolist()])
             scores[places] = transferability(self._measure, self._target, sources)
-        order = np.lexsort((self._keys, -self._sign * scores))[: self._count]
-        return self._keys[order], scores[order]
+        return scores
 
 
 def _row(sources: Sources, place: int) -> _Row:
