@@ -16,7 +16,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ HALF = 65_504
 """The most that half precision holds."""
 
 Floats = NDArray[np.float32]
-Arrays = dict[str, NDArray[Any]]
 
 
 def likely_probes(bank: Bank, target: Target, measure: str) -> Iterator[ProbeChunk]:
@@ -102,6 +101,9 @@ class Part:
         return Sources(self.weights, self.biases, self.weights, counts)
 
 
+COLUMNS = tuple(column.name for column in fields(Part))
+
+
 @dataclass(frozen=True, eq=False)
 class Sketch:
     """Records above the number ``after``, up to ``last``; features are seen as ``(f - mean) @ basis``."""
@@ -112,11 +114,15 @@ class Sketch:
     basis: Floats
     parts: tuple[Part, ...]
 
-    def likely(self, target: Target) -> dict[int, int]:
-        """The numbers of those that may be near, each with the mark of its key."""
+    def scores(self, target: Target) -> NDArray[np.float64]:
+        """About how well each record fits a target, in the order of ``parts``."""
         features = np.asarray((target.features - self.mean) @ self.basis, dtype=np.float32)
         seen = Target(features, target.labels, target.classes)
-        scores = np.concatenate([transferability("leep", seen, part.sources()) for part in self.parts])
+        return np.concatenate([transferability("leep", seen, part.sources()) for part in self.parts])
+
+    def likely(self, target: Target) -> dict[int, int]:
+        """The numbers of those that may be near, each with the mark of its key."""
+        scores = self.scores(target)
         ids, marks = (np.concatenate([getattr(part, name) for part in self.parts]) for name in ("ids", "marks"))
         best = np.argsort(-scores, kind="stable")[: max(1, math.ceil(LIKELY * len(ids)))]
         return dict(zip(ids[best].tolist(), marks[best].tolist(), strict=True))
@@ -132,8 +138,8 @@ def _chosen(bank: Bank, sketch: Sketch, target: Target) -> list[ProbeChunk] | No
 
 
 @dataclass(eq=False)
-class _Draft:
-    """A sketch in the making."""
+class Draft:
+    """A sketch in the making: ``of`` the number before its first record and a first chunk, then ``add`` every chunk."""
 
     after: int
     mean: Floats
@@ -144,7 +150,7 @@ class _Draft:
     parts: dict[int, list[Part]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, after: int, chunk: ProbeChunk) -> _Draft:
+    def of(cls, after: int, chunk: ProbeChunk) -> Draft:
         """What the first of its records say of the directions that matter."""
         stacks = [sources for _, sources in chunk.by_classes(np.arange(len(chunk)))]
         width = stacks[0].weights.shape[2]
@@ -161,6 +167,7 @@ class _Draft:
         return cls(after, *(array.astype(np.float32) for array in (mean, basis, reduction)))
 
     def add(self, chunk: ProbeChunk) -> None:
+        """Take in some records, with higher numbers than those before."""
         marks = np.array(_marks(chunk), dtype=np.uint64)
         for places, sources in chunk.by_classes(np.arange(len(chunk))):
             columns = np.column_stack([self.reduction, self.mean])
@@ -174,25 +181,26 @@ class _Draft:
         self.last = int(chunk.ids[-1])
         self.records += len(chunk)
 
-    def arrays(self) -> Arrays:
-        found: Arrays = {"mean": self.mean, "basis": self.basis}
-        for classes, parts in self.parts.items():
-            for name in ("ids", "marks", "weights", "biases"):
-                found[f"{name}.{classes}"] = np.concatenate([getattr(part, name) for part in parts])
-        return found
+    def sketch(self) -> Sketch:
+        """What has come together."""
+        joined = (
+            Part(*(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS))
+            for _, parts in sorted(self.parts.items())
+        )
+        return Sketch(self.after, self.last, self.mean, self.basis, tuple(joined))
 
 
 def _drawing(bank: Bank, place: Path, last: int) -> Iterator[ProbeChunk]:
     """All probes above a number, and a sketch of them where they are many."""
-    draft: _Draft | None = None
+    draft: Draft | None = None
     for chunk in bank.probes(after=last):
         if draft is None and _highest(bank) - last >= RECORDS:  # else what follows is too little
-            draft = _Draft.of(last, chunk)
+            draft = Draft.of(last, chunk)
         last = int(chunk.ids[-1])
         if draft is not None:
             draft.add(chunk)
             if draft.records >= RECORDS:
-                _write(place, draft)
+                _write(place, draft.sketch())
                 draft = None
         yield chunk
 
@@ -257,16 +265,19 @@ def _read(path: Path, after: int, last: int, digest: str) -> Sketch | None:
             return None
         arrays = read_arrays(content)
         counts = sorted(int(name.partition(".")[2]) for name in arrays if name.startswith("ids."))
-        parts = (Part(*(arrays[f"{name}.{c}"] for name in ("ids", "marks", "weights", "biases"))) for c in counts)
+        parts = (Part(*(arrays[f"{name}.{classes}"] for name in COLUMNS)) for classes in counts)
         return Sketch(after, last, arrays["mean"], arrays["basis"], tuple(parts))
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
 
-def _write(place: Path, draft: _Draft) -> None:
+def _write(place: Path, sketch: Sketch) -> None:
     """Whole or not at all; without a sketch a bank is only slower."""
-    content = write_arrays(draft.arrays())
-    name = f"{draft.after:020d}-{draft.last:020d}-{hashlib.sha256(content).hexdigest()}.safetensors"
+    arrays: dict[str, NDArray[Any]] = {"mean": sketch.mean, "basis": sketch.basis}
+    for part in sketch.parts:
+        arrays |= {f"{name}.{part.weights.shape[1]}": getattr(part, name) for name in COLUMNS}
+    content = write_arrays(arrays)
+    name = f"{sketch.after:020d}-{sketch.last:020d}-{hashlib.sha256(content).hexdigest()}.safetensors"
     partial = place / f"{name}.{secrets.token_hex(4)}.tmp"
     try:
         place.mkdir(exist_ok=True)

@@ -207,11 +207,9 @@ def test_few_numbers_tell_the_likely_where_features_are_many() -> None:
     contents = tuple(encode_probe(Probe(*parts, np.full(3, 9))) for parts in zip(weights, biases, means, strict=True))
     keys = tuple(f"{number}" for number in range(tasks))
     chunk = ProbeChunk(np.arange(1, tasks + 1), keys, np.full(tasks, 3), contents, width)
-    draft = sketches._Draft.of(0, chunk)
+    draft = sketches.Draft.of(0, chunk)
     draft.add(chunk)
-    arrays = draft.arrays()
-    parts = (sketches.Part(*(arrays[f"{name}.3"] for name in ("ids", "marks", "weights", "biases"))),)
-    sketch = sketches.Sketch(0, tasks, arrays["mean"], arrays["basis"], parts)
+    sketch = draft.sketch()
     ((_, sources),) = chunk.by_classes(np.arange(tasks))
     hits = []
     for seed in range(10):
@@ -221,4 +219,4 @@ def test_few_numbers_tell_the_likely_where_features_are_many() -> None:
         target = Target(features.astype(np.float32), labels, 3)
         true = 1 + np.argsort(-transferability("leep", target, sources))[:3]
         hits.append(len(set(true.tolist()) & set(sketch.likely(target))))
-    assert arrays["weights.3"].shape == (tasks, 3, sketches.RANK) and sum(hits) >= 29
+    assert sketch.parts[0].weights.shape == (tasks, 3, sketches.RANK) and sum(hits) >= 29
