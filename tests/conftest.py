@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 import shutil
@@ -12,6 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -179,3 +181,65 @@ def make_database(postgresql_server: str) -> Callable[[], str]:
         return f"{postgresql_server}&options=-csearch_path%3D{name}"
 
     return make
+
+
+class S3:
+    """An S3 server of this process on a port of its own, which can be stopped and started; what it holds stays."""
+
+    def __init__(self) -> None:
+        self.port, self.buckets = 0, count()
+        self.start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self.server.start()
+        self.port = self.server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        self.server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """The server; without moto or s3fs the tests that need it are skipped, where ``CI`` is set they fail."""
+    missing = [name for name in ("moto", "s3fs") if find_spec(name) is None]
+    if missing:
+        reason = f"no {missing[0]} here: pip install -e '.[dev]'"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = S3()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """``s3(endpoint)`` points all that this process does on S3 to an endpoint, or to the server itself.
+
+    It gives the address of a folder in a new bucket.
+    """
+    from s3fs import S3FileSystem
+
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # what is tried again here is tried by us
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+
+    def point(endpoint: str = "") -> str:
+        bucket = f"bucket{next(s3_server.buckets)}"
+        S3FileSystem.clear_instance_cache()
+        S3FileSystem(endpoint_url=s3_server.endpoint).mkdir(bucket)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint or s3_server.endpoint)
+        return f"s3://{bucket}/weights"
+
+    yield point
+    S3FileSystem.clear_instance_cache()

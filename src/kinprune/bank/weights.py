@@ -6,6 +6,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -18,6 +19,8 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor
 
+from kinprune.bank.failures import is_transient, reason, refusal
+from kinprune.bank.retrying import LostConnection, retried
 from kinprune.errors import BankError
 
 _GONE = "restore it from a copy of the bank, or remove the record (kinprune bank rm)"
@@ -33,19 +36,27 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class WeightStore:
-    """A folder of weights: ``url`` is a path, or an address such as ``s3://bucket/folder``."""
+    """A folder of weights: ``url`` is a path, or an address such as ``s3://bucket/folder``.
+
+    What a file system that cannot be reached fails at is tried again for a while, and then a ``LostConnection``.
+    """
 
     url: str
+
+    @property
+    def shown(self) -> str:
+        """The address without its passwords, to be shown."""
+        return re.sub("://[^/]*@", "://***@", self.url)
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
         try:
             system, root = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
-            raise BankError(
-                f"weights cannot be stored at {self.url} ({error}): give a path, or an address whose fsspec package "
-                "is installed"
-            ) from error
+        except Exception as error:  # each file system has its own kinds
+            package = "'kinprune[s3]'" if self.url.startswith(("s3:", "s3a:")) else "fsspec's package for it"
+            missing = f"install what is missing: pip install {package}"
+            advice = missing if isinstance(error, ImportError) else "give a path, or an address that fsspec knows"
+            raise BankError(f"weights cannot be stored at {self.shown} ({reason(error)}): {advice}") from error
         return system, root
 
     def _path(self, digest: str) -> str:
@@ -53,31 +64,47 @@ class WeightStore:
             raise BankError(f"{digest[:80]!r} is no hash of stored weights: {_GONE}")
         return f"{self._place[1]}/{digest[:2]}/{digest}.safetensors"
 
+    @contextmanager
+    def _told(self, what: str, advice: str) -> Iterator[None]:
+        """Say what fails in a file system, whatever kind of error it has for that."""
+        try:
+            yield
+        except BankError:
+            raise
+        except Exception as error:  # those of remote file systems are often no OSError
+            if is_transient(error):
+                raise LostConnection(f"the store {self.shown}", reason(error)) from error
+            raise BankError(f"{what} ({reason(error)}): {refusal(error) or advice}") from error
+
+    @retried
     def put(self, content: bytes) -> str:
         """Store a file's bytes whole or not at all, once however often they come, and return their hash."""
         digest = digest_of(content)
         system, path = self._place[0], self._path(digest)
-        try:
+        with self._told(f"weights cannot be written to {self.shown}", "free space, or check access"):
             if self._size(path) == len(content):
+                return digest
+            if not _OBJECTS.isdisjoint(_protocols(system)):
+                system.pipe_file(path, content)  # nobody sees an object before it is whole, and there are no folders
                 return digest
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             temporary = f"{path}.{secrets.token_hex(4)}.tmp"
             system.pipe_file(temporary, content)
             system.mv(temporary, path)
-        except OSError as error:
-            raise BankError(
-                f"weights cannot be written to {self.url} ({error}): free space, or check access"
-            ) from error
         return digest
 
+    @retried
     def _size(self, path: str) -> int | None:
         """The bytes of a file as it is now; None where there is none: others write and remove here too."""
         system = self._place[0]
-        system.invalidate_cache()
-        try:
-            return int(system.size(path))
-        except FileNotFoundError:
-            return None
+        with self._told(f"the weights in {self.shown} cannot be looked at", "check access"):
+            system.invalidate_cache()
+            try:
+                return int(system.size(path))
+            except FileNotFoundError as error:
+                if refusal(error):
+                    raise
+                return None
 
     def size(self, digest: str) -> int | None:
         """The bytes of a file; None where it is not there."""
@@ -87,40 +114,42 @@ class WeightStore:
         """Whether a file is there now."""
         return is_digest(digest) and self._size(self._path(digest)) is not None
 
+    @retried
     def get(self, digest: str) -> bytes:
         """The bytes of a hash; BankError where they are not there or are not those that were stored."""
-        try:
-            content: bytes = self._place[0].cat_file(self._path(digest))
-        except OSError as error:
-            raise BankError(f"the weights {digest[:12]} are not in {self.url} ({error}): {_GONE}") from error
+        path = self._path(digest)
+        with self._told(f"the weights {digest[:12]} are not in {self.shown}", _GONE):
+            content: bytes = self._place[0].cat_file(path)
         if digest_of(content) != digest:
-            raise BankError(f"the weights {digest[:12]} in {self.url} are not those that were stored: {_GONE}")
+            raise BankError(f"the weights {digest[:12]} in {self.shown} are not those that were stored: {_GONE}")
         return content
 
     def remove(self, digest: str) -> None:
         """Remove a file, if it is there."""
         self.discard(self._path(digest))
 
+    @retried
     def discard(self, path: str) -> None:
         """Remove the file at one of the paths that ``files`` gives, if it is there."""
         system = self._place[0]
-        try:
-            system.rm_file(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise BankError(f"{path} cannot be removed from {self.url} ({error}): check access") from error
-        system.invalidate_cache()
+        with self._told(f"{path} cannot be removed from {self.shown}", "check access"):
+            try:
+                system.rm_file(path)
+            except FileNotFoundError as error:
+                if refusal(error):
+                    raise
+            system.invalidate_cache()
+
+    @retried
+    def _paths(self) -> list[str]:
+        system, root = self._place
+        with self._told(f"the weights in {self.shown} cannot be listed", "check access"):
+            system.invalidate_cache()
+            return sorted(system.find(root))
 
     def files(self) -> Iterator[StoredFile]:
         """All weights, and what writes that broke off left behind; other files are not the store's."""
-        system, root = self._place
-        try:
-            system.invalidate_cache()
-            paths = sorted(system.find(root)) if system.exists(root) else []
-        except OSError as error:
-            raise BankError(f"the weights in {self.url} cannot be listed ({error}): check access") from error
-        for path in paths:
+        for path in self._paths():
             if match := _FILE.search(path):
                 yield StoredFile(path, None if match[2] else match[1])
 
@@ -128,14 +157,24 @@ class WeightStore:
         """The hashes of all complete files."""
         return (file.digest for file in self.files() if file.digest is not None)
 
+    @retried
     def age(self, file: StoredFile) -> float | None:
         """Seconds since a file was written; None where the file system does not know, or the file is gone."""
-        try:
-            modified = self._place[0].modified(file.path)
-        except (NotImplementedError, OSError):
-            return None
+        with self._told(f"the weights in {self.shown} cannot be looked at", "check access"):
+            try:
+                modified = self._place[0].modified(file.path)
+            except (NotImplementedError, FileNotFoundError):
+                return None
         known = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
         return float((datetime.now(timezone.utc) - known).total_seconds())
+
+
+_OBJECTS = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"))
+"""Protocols of object stores, in which what is written appears whole or not at all."""
+
+
+def _protocols(system: Any) -> tuple[str, ...]:
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
 
 
 _FILE = re.compile(r"/([0-9a-f]{64})\.safetensors(\.[0-9a-f]+\.tmp)?$")
