@@ -63,13 +63,19 @@ def decode_probe(blob: bytes, classes: int, features: int) -> Probe:
     return Probe(weights, biases, means, counts.astype(np.int64))
 
 
+def check_length(blob: bytes, classes: int, features: int) -> None:
+    """BankError where a blob is no probe of so many classes and features."""
+    if len(blob) != 4 * classes * features + 8 * classes:
+        raise BankError("a record's probe is not as long as its classes and features: it was damaged; remove it (rm)")
+
+
 def decode_probes(
     blobs: Sequence[bytes], classes: int, features: int
 ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.float16]]:
     """The weights ``[n, c, d]``, biases ``[n, c]`` and means ``[n, c, d]`` of probes of as many classes, as stored."""
+    for blob in blobs:
+        check_length(blob, classes, features)
     size = 2 * classes * features
-    if any(len(blob) != 2 * size + 8 * classes for blob in blobs):
-        raise BankError("a record's probe is not as long as its classes and features: it was damaged; remove it (rm)")
     rows = np.frombuffer(bytearray().join(blobs), dtype=np.uint8).reshape(len(blobs), -1)
     weights, means = (
         rows[:, start : start + size].view("<f2").reshape(len(blobs), classes, features) for start in (0, size)

@@ -32,7 +32,7 @@ class ProbeChunk:
     def of(cls, rows: Sequence[Row[Any]], features: int) -> ProbeChunk:
         """From rows of the table of probes; BankError where one was altered."""
         for row in rows:
-            check_probe(row)
+            check_probe(row, features)
         return cls(
             np.array([row.record for row in rows], dtype=np.int64),
             tuple(row.key for row in rows),

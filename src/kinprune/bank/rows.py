@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, Row, delete, insert, select
 
 from kinprune.bank import schema
-from kinprune.bank.coding import decode_probe, decode_units, encode_probe, encode_units, seal
+from kinprune.bank.coding import check_length, decode_probe, decode_units, encode_probe, encode_units, seal
 from kinprune.bank.record import Accuracy, Entry, Header, Record
 from kinprune.bank.weights import digest_of
 from kinprune.calibration import Probe
@@ -111,14 +111,15 @@ def entry_of(row: Row[Any]) -> Entry:
 
 def probe_of(row: Row[Any], features: int) -> Probe:
     """A record's probe, from its row; BankError where it was altered."""
-    check_probe(row)
+    check_probe(row, features)
     return decode_probe(row.content, row.classes, features)
 
 
-def check_probe(row: Row[Any]) -> None:
+def check_probe(row: Row[Any], features: int) -> None:
     """BankError where the row of a probe was altered."""
     if seal(row.key, "probe", row.content) != row.seal:
         raise BankError(altered(row.record, "probe"))
+    check_length(row.content, row.classes, features)  # of the classes no seal tells
 
 
 def units_of(
