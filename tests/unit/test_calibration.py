@@ -627,6 +627,17 @@ def test_closed_form_keeps_the_best_of_its_starts(name: str) -> None:
     assert all(torch.equal(tensor, whole.state_dict()[key]) for key, tensor in again.state_dict().items())
 
 
+def test_the_head_that_stays_is_solved_on_all_images() -> None:
+    dense = model_of("test_resnet")
+    pruned, layers = pruned_resnet(dense)
+    split, head = stripes(20), dense.default_cfg["classifier"]  # half of them judge
+    found = closed_form(pruned, head, split.images, split.labels, 3, PREPROCESSING, dense=dense, layers=layers)
+    left = pruned.get_submodule(head).weight.clone()
+    solution = solve_head(pruned, head, split.images, split.labels, 3, PREPROCESSING)
+    assert found.head.images == solution.images == 60 and found.head.ridge == solution.ridge
+    torch.testing.assert_close(pruned.get_submodule(head).weight, left, rtol=1e-4, atol=1e-5)
+
+
 def test_closed_form_with_one_image_a_class_keeps_the_reconstruction() -> None:
     dense = model_of("test_resnet")
     pruned, layers = pruned_resnet(dense)

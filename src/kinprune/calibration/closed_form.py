@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
 from kinprune.calibration.batch_norm import reestimate_batch_norm
-from kinprune.calibration.head import HeadMethod, HeadSolution, solve_head
+from kinprune.calibration.head import HeadMethod, HeadSolution, check_labels, fit_head, head_inputs
 from kinprune.calibration.reconstruction import LayerReconstruction, reconstruct
 from kinprune.calibration.residual import ReconstructionLayer
 from kinprune.calibration.statistics import Moments, match_batch_norm
@@ -48,7 +49,10 @@ class ClosedForm:
 
 @dataclass(frozen=True, eq=False)
 class _Start:
+    """A state of the model, and the head's inputs in it for the images that judge."""
+
     head: HeadSolution
+    features: Tensor
     norms: int
     reconstructed: bool
     state: dict[str, Tensor]
@@ -79,10 +83,10 @@ def closed_form(
     all images do both. The head that stays is solved on all. ``images`` are uint8 ``[n, 3, h, w]`` and ``labels``
     int64 ``[n]``: leave out those that are to guard a fine-tuning. Works in place.
     """
+    check_labels(images, labels, num_classes)
     judges, builders = _parts(labels, num_classes, seed)
-    made_of = images[builders]
     trial = _Trial(
-        model, head, images, labels, num_classes, preprocessing, dense, channels, method, seed, judges, made_of
+        model, head, images, labels, num_classes, preprocessing, dense, channels, method, seed, judges, builders
     )
     solved: tuple[LayerReconstruction, ...] = ()
     original = _state(model)
@@ -90,7 +94,7 @@ def closed_form(
     if dense is not None and layers:
         _restore(model, original)
         with trial.timed("reconstruction"):
-            solved = reconstruct(model, dense, layers, made_of, preprocessing, seed=seed)
+            solved = reconstruct(model, dense, layers, trial.made_of, preprocessing, seed=seed)
         starts += trial.starts(reconstructed=True)
     best = min(starts, key=_worth)
     trainable = None
@@ -113,7 +117,7 @@ def closed_form(
 
 @dataclass(eq=False)
 class _Trial:
-    """The starts of one model, made of the images ``made_of`` and tried on those at ``judges``."""
+    """The starts of one model, made of the images at ``builders`` and tried on those at ``judges``."""
 
     model: nn.Module
     head: str
@@ -126,17 +130,27 @@ class _Trial:
     method: HeadMethod
     seed: int
     judges: Tensor
-    made_of: Tensor
+    builders: Tensor
     noted: dict[str, Moments] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"reconstruction": 0.0, "batch_norm": 0.0, "head": 0.0})
 
+    @cached_property
+    def made_of(self) -> Tensor:
+        return self.images[self.builders]
+
     def starts(self, *, reconstructed: bool) -> list[_Start]:
         """The model as it is, and with its batch norm repaired where it has any."""
-        found = [_Start(self.solve(self.judges), 0, reconstructed, _state(self.model))]
+        found = [self.start(0, reconstructed)]
         norms = self.repair_batch_norm()
         if norms:
-            found.append(_Start(self.solve(self.judges), norms, reconstructed, _state(self.model)))
+            found.append(self.start(norms, reconstructed))
         return found
+
+    def start(self, norms: int, reconstructed: bool) -> _Start:
+        with self.timed("head"):
+            features = self.features(self.judges)
+            head = self.fit(features, self.labels[self.judges])
+        return _Start(head, features, norms, reconstructed, _state(self.model))
 
     def repair_batch_norm(self) -> int:
         with self.timed("batch_norm"):
@@ -152,18 +166,22 @@ class _Trial:
                 noted=self.noted,
             )
 
-    def solve(self, chosen: Tensor) -> HeadSolution:
-        with self.timed("head"):
-            images, labels = self.images[chosen], self.labels[chosen]
-            return solve_head(
-                self.model, self.head, images, labels, self.num_classes, self.preprocessing, method=self.method
-            )
+    def features(self, chosen: Tensor) -> Tensor:
+        return head_inputs(self.model, self.head, self.images[chosen], self.preprocessing)
+
+    def fit(self, features: Tensor, labels: Tensor) -> HeadSolution:
+        return fit_head(self.model, self.head, features, labels, self.num_classes, method=self.method)
 
     def settle(self, start: _Start) -> HeadSolution:
         """Put the model into a start's state, with a head that is solved on all images."""
         _restore(self.model, start.state)
-        every = torch.arange(len(self.labels))
-        return start.head if len(self.judges) == len(every) else self.solve(every)
+        if len(self.judges) == len(self.labels):
+            return start.head
+        with self.timed("head"):
+            features = start.features.new_empty(len(self.labels), start.features.shape[1])
+            features[self.judges] = start.features
+            features[self.builders] = self.features(self.builders)
+            return self.fit(features, self.labels)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -64,7 +64,7 @@ def solve_head(
     head that is not a Linear over flat, finite features.
     """
     _linear(model, head, method)
-    _check_labels(images, labels, num_classes)
+    check_labels(images, labels, num_classes)
     if method == "ridge" and (not ridges or min(ridges) <= 0):
         raise TrainingError(f"ridges are {tuple(ridges)}; expected at least one penalty above 0")
     features = head_inputs(model, head, images, preprocessing, batch_size=batch_size)
@@ -287,7 +287,8 @@ def _linear(model: nn.Module, head: str, method: str) -> nn.Linear:
     return layer
 
 
-def _check_labels(images: Tensor, labels: Tensor, num_classes: int) -> None:
+def check_labels(images: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raises TaskError without images, with another number of labels, or for a label that is no class."""
     if len(images) == 0 or len(images) != len(labels):
         raise TaskError(
             f"{len(images)} images and {len(labels)} labels were given; expected as many of both, at least one"

@@ -67,36 +67,52 @@ def solve_towards_zero(halves: tuple[Moments, Moments], ridges: Sequence[float],
         return "its inputs or outputs are not finite"
     if float(whole.xx.diagonal().sum()) == 0:
         return "its inputs are all zero"
-    tested = {ridge: _crossed(first, second, ridge, intercept) for ridge in ridges}
+    halved = _Normal.of(first, intercept), _Normal.of(second, intercept)
+    tested = {
+        ridge: squared_error(second, *halved[0].solve(ridge)) + squared_error(first, *halved[1].solve(ridge))
+        for ridge in ridges
+    }
     ridge = min(tested, key=lambda candidate: (tested[candidate], -candidate))
     if not tested[ridge] < whole.squares:
         return "no ridge lessens its error on images left out"
-    weight, bias = _fit(whole, ridge, intercept)
+    weight, bias = _Normal.of(whole, intercept).solve(ridge)
     error = squared_error(whole, weight, bias)
     if not error <= whole.squares:
         return "its equations are too badly conditioned"
     return RidgeFit(weight.T, bias, error, ridge)
 
 
-def _crossed(first: Moments, second: Moments, ridge: float, intercept: bool) -> float:
-    """The error on each half of the fit to the other."""
-    return squared_error(second, *_fit(first, ridge, intercept)) + squared_error(first, *_fit(second, ridge, intercept))
+@dataclass(frozen=True, eq=False)
+class _Normal:
+    """The normal equations of a ridge regression, for any ridge: centred where an intercept, unpenalised, is fitted."""
 
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor
+    xy: Tensor
+    spread: float
+    floor: float
+    intercept: bool
 
-def _fit(moments: Moments, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Coefficients ``[d, o]`` and intercept ``[o]`` of the ridge regression; the intercept is not penalised."""
-    mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
-    xx, xy = moments.xx, moments.xy
-    if intercept:
-        xx = xx - moments.count * torch.outer(mean_x, mean_x)
-        xy = xy - moments.count * torch.outer(mean_x, mean_y)
-    # Rounding may leave a constant input a variance just below 0: a floor keeps the matrix positive definite.
-    floor = 1e-12 * float(moments.xx.diagonal().mean())
-    penalty = max(ridge * float(xx.diagonal().mean()), floor) or 1.0  # inputs that are all 0: so are the coefficients
-    factor = torch.linalg.cholesky(xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
-    coefficients = torch.cholesky_solve(xy, factor)
-    offset = mean_y - mean_x @ coefficients if intercept else torch.zeros_like(mean_y)
-    return coefficients, offset
+    @classmethod
+    def of(cls, moments: Moments, intercept: bool) -> _Normal:
+        mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
+        xx, xy = moments.xx, moments.xy
+        if intercept:
+            xx = xx - moments.count * torch.outer(mean_x, mean_x)
+            xy = xy - moments.count * torch.outer(mean_x, mean_y)
+        # Rounding may leave a constant input a variance just below 0: a floor keeps the matrix positive definite.
+        floor = 1e-12 * float(moments.xx.diagonal().mean())
+        return cls(mean_x, mean_y, xx, xy, float(xx.diagonal().mean()), floor, intercept)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Coefficients ``[d, o]`` and intercept ``[o]``."""
+        penalty = max(ridge * self.spread, self.floor) or 1.0  # inputs that are all 0: so are the coefficients
+        penalised = self.xx.clone()
+        penalised.diagonal().add_(penalty)
+        coefficients = torch.cholesky_solve(self.xy, torch.linalg.cholesky(penalised))
+        offset = self.mean_y - self.mean_x @ coefficients if self.intercept else torch.zeros_like(self.mean_y)
+        return coefficients, offset
 
 
 def squared_error(moments: Moments, coefficients: Tensor, offset: Tensor) -> float:
