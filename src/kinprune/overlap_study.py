@@ -169,7 +169,7 @@ def source_tasks(bank: Bank, ids: Sequence[int] | None = None) -> list[Entry]:
     if len(entries) < 2:
         raise BankError(
             f"overlap needs two tasks or more, {len(entries)} {'is' if len(entries) == 1 else 'are'} "
-            f"{'in the bank ' + bank.address if ids is None else 'given'}: "
+            f"{'in the bank ' + bank.shown if ids is None else 'given'}: "
             + ("add more with 'kinprune bank build'" if ids is None else "'kinprune bank ls' lists them")
         )
     return sorted(entries, key=lambda entry: entry.key)
@@ -327,7 +327,7 @@ def _means(bank: Bank, tasks: Sequence[Entry]) -> Sources:
                 means[places[number], : len(probe.means)] = probe.means
                 missing.remove(number)
     if missing:
-        raise BankError(f"record {min(missing)} has no probe: run 'kinprune bank verify {bank.address}'")
+        raise BankError(f"record {min(missing)} has no probe: run 'kinprune bank verify {bank.shown}'")
     # Their classifiers are not asked: the means stand in for the weights.
     return Sources(means, np.zeros(means.shape[:2], dtype=np.float16), means, counts)
 

@@ -23,7 +23,7 @@ def test_a_team_s_bank_from_its_making_to_a_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    address, store = make_database().replace("kinprune@", "kinprune:hunter2@"), s3()
+    address, store = make_database().replace("kinprune@", "kinprune:hunter2@") + "&password=hunter2", s3()
 
     def run(command: str) -> dict[str, Any]:
         result = kinprune(*shlex.split(command), "--json")

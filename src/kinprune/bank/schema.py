@@ -121,8 +121,8 @@ def parse_address(address: str | Path) -> URL:
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
-        shown = re.sub(r"//[^@]*@", "//***@", text)  # it may hold a password
-        raise BankError(f"{shown} is no address of a bank ({error}): {_EXPECTED}") from error
+        safe = re.sub("(password=)[^&]*", r"\1***", re.sub("//.*@", "//***@", text))
+        raise BankError(f"{safe} is no address of a bank ({error}): {_EXPECTED}") from error
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise BankError(f"a bank cannot be in {url.get_backend_name()!r}: {_EXPECTED}")
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
@@ -263,6 +263,12 @@ _REFUSED = (
 def shown(url: URL) -> str:
     """A database's URL without its passwords, to be shown."""
     return url.difference_update_query([name for name in url.query if "password" in name.lower()]).render_as_string()
+
+
+def shown_address(address: str | Path) -> str:
+    """A bank's address as it may be shown: a file's path, or a URL without its passwords."""
+    url = parse_address(address)
+    return str(url.database) if url.get_backend_name() == "sqlite" else shown(url)
 
 
 def read_version(connection: Connection) -> str:

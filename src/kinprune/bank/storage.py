@@ -6,7 +6,7 @@ import json
 import sqlite3
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,10 +58,15 @@ class Bank:
     then a ``LostConnection`` says so: a BankError, after which the same can be asked again.
     """
 
-    address: str
+    address: str = field(repr=False)  # it may hold a password
     header: Header
     store: WeightStore
     engine: Engine
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be shown: without a password."""
+        return schema.shown_address(self.address)
 
     @retried
     def __len__(self) -> int:

@@ -234,7 +234,7 @@ def _find(place: _Place) -> Bank | None:
             raise BankError(f"the bank has its own model, to which {flags} cannot be applied: leave out {flags}")
         if place.store is not None and _full(place.store) != bank.store.url:
             raise BankError(
-                f"the bank's weights are in {bank.store.url}, --store says {place.store}: leave out --store"
+                f"the bank's weights are in {bank.store.shown}, --store says another place: leave out --store"
             )
         return bank
     if place.model is None:
@@ -264,10 +264,9 @@ def _full(store: str) -> str:
 
 def shown_address(address: str) -> str:
     """A bank's address as it may be shown: without a password."""
-    from kinprune.bank.schema import parse_address
+    from kinprune.bank import schema
 
-    url = parse_address(address)
-    return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string()
+    return schema.shown_address(address)
 
 
 def _read(sources: Sequence[Source], left_out: Sequence[str]) -> list[Source]:

@@ -281,7 +281,27 @@ def test_the_starter_is_of_the_newest_schema_and_one_file() -> None:
     assert (STARTER / "bank.db").stat().st_size < 512_000
 
 
-def test_a_port_that_is_no_number_is_refused_without_showing_the_password() -> None:
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://user:secret@host:abc/name",
+        "postgresql://user:se@cret@host:abc/name",
+        "postgresql://host:abc/name?password=secret&sslpassword=secret",
+    ],
+)
+def test_a_port_that_is_no_number_is_refused_without_showing_the_password(address: str) -> None:
     with pytest.raises(BankError, match="is no address of a bank") as refused:
-        open_bank("postgresql://user:secret@host:abc/name")
-    assert "secret" not in str(refused.value)
+        open_bank(address)
+    assert "cret" not in str(refused.value)
+
+
+def test_a_bank_is_shown_without_passwords(make_database: Callable[[], str], bank: Bank) -> None:
+    address = make_database().replace("kinprune@", "kinprune:secret@") + "&sslpassword=secret"
+    shown = Bank(address, bank.header, bank.store, bank.engine)
+    assert "secret" not in repr(shown) and "secret" not in shown.shown
+    assert shown.shown.startswith("postgresql+psycopg://kinprune:***@/postgres?host=")
+    assert (
+        schema.shown_address("a folder/bank.db")
+        == schema.shown_address("sqlite:///a folder/bank.db")
+        == "a folder/bank.db"
+    )
