@@ -224,7 +224,11 @@ def test_ls(kinprune: Cli, built: tuple[Path, Any, Any]) -> None:
     assert max(map(len, people.stdout.replace(str(bank), "").splitlines())) <= 80
     (row,) = [line.split() for line in people.stdout.splitlines() if " fruit " in line]
     assert row[0] == "2" and f"{found[1]['kept_share']:.1%}" in row and found[1]["created"][:10] in row
-    assert people.stdout.endswith(f"2 records in {bank}; these are the 1 newest.\n")
+    assert people.stdout.endswith(f"2 records in {bank}; these are the 1 newest (--before 2 lists older ones).\n")
+    older = one_object(run(kinprune, "bank ls {bank} --before 2 --json", bank=bank))
+    assert older == {"bank": str(bank), "total": 2, "records": found[:1]}
+    page = run(kinprune, "bank ls {bank} --before 2", bank=bank).stdout
+    assert page.endswith(f"2 records in {bank}; these are the 1 newest before 2.\n")
 
 
 def test_show(kinprune: Cli, built: tuple[Path, Any, Any]) -> None:
@@ -333,6 +337,25 @@ def test_merge(kinprune: Cli, bank: Path, tmp_path: Path) -> None:
     assert one_object(run(kinprune, "bank verify {bank} --json", bank=bank))["whole"] is True
 
 
+def test_merge_makes_the_bank_it_copies_into(kinprune: Cli, bank: Path, tmp_path: Path) -> None:
+    new, store = tmp_path / "new.db", tmp_path / "weights"
+    merged = one_object(
+        run(kinprune, "bank merge {new} {bank} --store {store} --json", new=new, bank=bank, store=store)
+    )
+    assert merged["sources"] == [{"bank": str(bank), "added": 2, "present": 0}]
+    made, source = open_bank(new).header, open_bank(bank).header
+    assert (made.backbone, made.space, made.backbone_weights) == (
+        source.backbone,
+        source.space,
+        source.backbone_weights,
+    )
+    numberless = [
+        [{n: v for n, v in record.items() if n != "id"} for record in records(kinprune, one)] for one in (new, bank)
+    ]
+    assert numberless[0] == numberless[1] and not Path(f"{new}.weights").exists()
+    assert one_object(run(kinprune, "bank verify {new} --json", new=new))["whole"] is True
+
+
 def test_merge_refuses_another_backbone_before_anything(kinprune: Cli, fruit: Path, bank: Path, tmp_path: Path) -> None:
     other, extra = tmp_path / "other.db", copied(bank, tmp_path / "extra")
     command = (
@@ -438,14 +461,21 @@ REFUSED = [
             "ls {new}",
             "show {new} 1",
             "rm {new} 1 --yes",
-            "merge {new} {bank}",
             "verify {new}",
             "info {new}",
             "upgrade {new}",
         )
     ),
     ("merge from no bank", "bank merge {bank} {bank} {new}", ["there is no bank at", "new.db"]),
+    ("merge into no bank from none", "bank merge {new} {place}/none.db", ["there is no bank at", "none.db"]),
+    ("merge into a folder that is not there", "bank merge {place}/none/b.db {bank}", ["there is no folder"]),
+    ("merge with a store", "bank merge {bank} {bank} --store {new}", ["leave out --store"]),
     ("merge from nothing", "bank merge {bank}", ["SOURCE"]),
+    ("shares without Ray", "bank build {fruit} --bank {bank} --task-cpus 2", ["give --ray"]),
+    ("workers with Ray", "bank build {fruit} --bank {bank} --ray local --workers 2", ["leave out --workers"]),
+    ("a GPU with Ray", "bank build {fruit} --bank {bank} --ray local --device cuda", ["give --task-gpus 1"]),
+    ("Ray nowhere", "bank build {fruit} --bank {bank} --ray nowhere", ["expected local, auto", "HOST:PORT"]),
+    ("a share above one", "bank build {fruit} --bank {bank} --ray auto --task-gpus 1.5", ["whole ones"]),
     ("show no record", "bank show {bank} 99", ["no record 99"]),
     ("show no number", "bank show {bank} first", ["'first'", "at least 1"]),
     ("rm no record", "bank rm {bank} 1 99", ["no record 99"]),
@@ -502,15 +532,19 @@ def test_refused(
     assert [contents(folder) for folder in watched] == before
 
 
-def test_a_task_that_fails_keeps_those_before(kinprune: Cli, make_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """An image that cannot be read is only found when it is decoded: what was done is in the bank, and is said."""
+def test_a_task_that_fails_stops_no_other(kinprune: Cli, make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """An image that cannot be read is only found when it is decoded: what can be done is, and what cannot is said."""
     good, bad = (make_folder(tmp_path / name, ("apple", "pear"), 4, 36) for name in ("good", "bad"))
     (bad / "pear" / "0001.png").write_bytes(b"this is no image")
-    command = f"bank build {{good}} {{bad}} --bank {{bank}} {MODEL} {QUICK} --steps 0 --whole"
+    command = f"bank build {{bad}} {{good}} --bank {{bank}} {MODEL} {QUICK} --steps 0 --whole"
     result = run(kinprune, command, good=good, bad=bad, bank=tmp_path / "bank.db")
     assert result.exit_code == 2 and result.stdout == ""
-    assert "1 record is in the bank; run the same command again to go on\n" in result.stderr
-    assert "pear/0001.png" in result.stderr.splitlines()[-1]
+    first, last = result.stderr.splitlines()[-2:]
+    assert first == (
+        "kinprune: 1 source task could not be read, all others were done (1 record is in the bank; run the same "
+        "command again to go on):"
+    )
+    assert "pear/0001.png" in last
 
 
 def script() -> list[str]:

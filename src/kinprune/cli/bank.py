@@ -23,27 +23,34 @@ if TYPE_CHECKING:
 
     from kinprune.bank import Bank, Entry
 
+LISTED = 100
+"""Records that are listed where no limit is given."""
+
 PART = 64
 """Records whose units are read at a time, for a list."""
 
 
 @guarded
-def ls_command(bank: own.Bank, limit: own.Limit = None, json: Json = False) -> dict[str, Any] | None:
-    """List a bank's records: what each was pruned for, how good it is and what it takes."""
+def ls_command(
+    bank: own.Bank, limit: own.Limit = None, before: own.Before = None, json: Json = False
+) -> dict[str, Any] | None:
+    """List a bank's newest records: what each was pruned for, how good it is and what it takes."""
     from kinprune.bank import open_bank
+    from kinprune.bank.listing import newest
 
     opened = open_bank(bank)
-    entries = opened.entries()
-    shown = entries if limit is None else entries[-limit:]
+    total, shown = len(opened), newest(opened, LISTED if limit is None else limit, before)
     listed = [
         {**_described(entry), "kept_share": share} for entry, share in zip(shown, _shares(opened, shown), strict=True)
     ]
     if json:
-        return {"bank": shown_address(bank), "total": len(entries), "records": listed}
+        return {"bank": shown_address(bank), "total": total, "records": listed}
     if listed:
         console().print(records_table(listed))
-    some = f"; these are the {len(listed):,} newest" if len(listed) < len(entries) else ""
-    console().print(f"{records_text(len(entries))} in {shown_address(bank)}{some}.", soft_wrap=True)
+    older = "" if before is None else f" before {before}"
+    more = f" (--before {shown[0].id} lists older ones)" if shown and shown[0].id > 1 else ""
+    some = f"; these are the {len(listed):,} newest{older}{more}" if len(listed) < total else ""
+    console().print(f"{records_text(total)} in {shown_address(bank)}{some}.", soft_wrap=True)
     return None
 
 
@@ -95,15 +102,13 @@ def rm_command(bank: own.Bank, ids: own.Ids, yes: own.Yes = False, json: Json = 
 
 
 @guarded
-def merge_command(target: own.Target, sources: own.Sources, json: Json = False) -> dict[str, Any] | None:
-    """Copy the records of other banks of the same backbone into one."""
-    from kinprune.bank import open_bank
-    from kinprune.bank.merging import check_same, merge
+def merge_command(
+    target: own.Target, sources: own.Sources, store: own.Store = None, json: Json = False
+) -> dict[str, Any] | None:
+    """Copy the records of other banks of the same backbone into one, which is made if need be."""
+    from kinprune.bank.merging import merge
 
-    opened = open_bank(target)
-    others = [(address, open_bank(address)) for address in sources]
-    for _, other in others:  # all, before any is copied
-        check_same(opened.header, other.header)
+    opened, others = _open_all(target, sources, store)
     answers = []
     for address, other in others:
         try:
@@ -122,6 +127,21 @@ def merge_command(target: own.Target, sources: own.Sources, json: Json = False) 
         )
     shown.print(f"{records_text(len(opened))} in {shown_address(target)}.", soft_wrap=True)
     return None
+
+
+def _open_all(target: str, sources: Sequence[str], store: str | None) -> tuple[Bank, list[tuple[str, Bank]]]:
+    """The bank to copy into and the others, which were found to be of one backbone before anything is copied."""
+    from kinprune.bank import bank_exists, create_like, open_bank
+    from kinprune.bank.merging import check_same
+
+    others = [(address, open_bank(address)) for address in sources]
+    found = open_bank(target) if bank_exists(target) else None
+    if found is not None and store is not None:
+        raise BankError("--store is for a new bank, and this one is there: leave out --store")
+    first = others[0][1]
+    for _, other in others:
+        check_same(first.header if found is None else found.header, other.header)
+    return create_like(target, first, store=store) if found is None else found, others
 
 
 def verify_command(
@@ -182,9 +202,10 @@ def info_command(bank: own.Bank, json: Json = False) -> dict[str, Any] | None:
     """Say what a bank is about: its backbone, its units, and how much it holds."""
     from kinprune.bank import open_bank
     from kinprune.bank.claims import count_claims
+    from kinprune.bank.listing import class_names, weight_bytes
 
     opened = open_bank(bank)
-    header, entries = opened.header, opened.entries()
+    header = opened.header
     found = {
         "bank": shown_address(bank),
         "schema": _schema(opened),
@@ -196,14 +217,14 @@ def info_command(bank: own.Bank, json: Json = False) -> dict[str, Any] | None:
             "units": header.units,
             "groups": dict(header.groups),
         },
-        "records": len(entries),
+        "records": len(opened),
         "under_way": count_claims(opened),
-        "classes": len({name for entry in entries for name in entry.classes}),
-        "store": opened.store.url,
+        "classes": len(class_names(opened)),
+        "store": opened.store.shown,
         "bytes": {
             "database": _database_bytes(opened),
-            "weights": sum({entry.weights: entry.weight_bytes for entry in entries}.values()),
-            "backbone": _backbone_bytes(opened),
+            "weights": weight_bytes(opened),
+            "backbone": opened.store.size(header.backbone_weights),
         },
     }
     if json:
@@ -255,10 +276,12 @@ def _check_there(bank: Bank, ids: Sequence[int]) -> None:
     from sqlalchemy import select
 
     from kinprune.bank import schema
+    from kinprune.bank.storage import parts
 
     columns = (schema.record.c.id, schema.probe.c.record, schema.units.c.record)
+    queries = [select(column).where(column.in_(part)) for column in columns for part in parts(ids)]
     with schema.reading(bank.engine) as connection:
-        there = {number for column in columns for number in connection.execute(select(column)).scalars()}
+        there = {number for query in queries for number in connection.execute(query).scalars()}
     missing = [str(number) for number in ids if number not in there]
     if missing:
         raise BankError(f"the bank has no record {', '.join(missing)}: 'kinprune bank ls' lists them")
@@ -297,17 +320,6 @@ def _database_bytes(bank: Bank) -> int:
     )
     with schema.reading(bank.engine) as connection:
         return int(connection.exec_driver_sql(query).scalar_one())
-
-
-def _backbone_bytes(bank: Bank) -> int | None:
-    """The size of the backbone's own weights; None where they are gone."""
-    import fsspec  # type: ignore[import-untyped]
-
-    system = fsspec.core.url_to_fs(bank.store.url)[0]
-    for file in bank.store.files():
-        if file.digest == bank.header.backbone_weights:
-            return int(system.size(file.path))
-    return None
 
 
 bank_app = typer.Typer(
