@@ -97,13 +97,13 @@ def build(
     watch = watch or Watch()
     threads = cluster.cpus if cluster else max(1, _cores() // workers)
     opened = {place: place.open() for place in dict.fromkeys(source.place for source in sources)}
-    tasks = {
-        Work(key_of(task, own), source, own, device, threads): task
-        for source in sources
-        for task, own in [(source.take(opened[source.place]), source.plan(plan))]
-    }
-    have = bank.find([work.key for work in tasks])
-    todo = {work: task for work, task in tasks.items() if work.key not in have}
+    tasks: dict[str, tuple[Work, Task]] = {}
+    for source in sources:
+        task, own = source.take(opened[source.place]), source.plan(plan)
+        key = key_of(task, own)
+        tasks[key] = (Work(key, source, own, device, threads), task)
+    have = bank.find(list(tasks))
+    todo = {work: task for key, (work, task) in tasks.items() if key not in have}
     if not todo:
         return Build(0, len(sources))
     run = _Run(bank, list(todo), len(tasks), watch)
