@@ -103,7 +103,7 @@ def test_making_that_broke_off_can_be_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("kinprune.bank.storage.now", broken)
+        patch.setattr("kinprune.bank.opening.now", broken)
         create_bank(place.address, backbone, space, store=place.store)
     with pytest.raises(BankError, match="no bank"):
         open_bank(place.address)
