@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,8 @@ class Evaluation:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lies; the CPU for a model that has neither."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        return tensor.device
-    return torch.device("cpu")
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def lay_out(model: nn.Module, *, fast: bool = True) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from kinprune.backbones import Backbone
 from kinprune.calibration import (
@@ -34,7 +35,7 @@ from kinprune.importance import CRITERIA, Criterion, Normalisation, Scores, draw
 from kinprune.preprocessing import Preprocessing
 from kinprune.selection import Allocation, Budget, CostFunctions, Selection, select
 from kinprune.tasks import DecodedTask, Split
-from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
+from kinprune.training import Recipe, TrainingResult, attends_slowly, fine_tune, hold_back, plain_attention
 from kinprune.units import Costs, Mask, UnitSpace, extract, find_units
 from kinprune.units.layout import kept as kept_indices
 
@@ -121,6 +122,7 @@ def prune(
     on_step: OnStep | None = None,
     train_memory: int | None = None,
     costs: CostFunctions | None = None,
+    quick: bool = False,
 ) -> Pruned:
     """Prune a backbone for one task under a plan; the backbone itself is not changed.
 
@@ -130,6 +132,10 @@ def prune(
     (``training.stopped``); earlier it ends the pruning. ``train_memory`` is the ``memory_limit`` of every fine-tuning,
     see ``fine_tune``. ``costs`` are what the budget's limits count in: the unit space's own where none are given, a
     device's (``devices.goal.DeviceCosts``) in its precision, and in milliseconds where it was profiled.
+
+    ``quick`` takes what is faster, and gives other numbers: the whole model, as teacher, answers each training image
+    once, as it is, and not each shifted view of it in each step; and on a CPU in bfloat16, without a limit of memory,
+    attention is trained in single operations (see ``training.plain_attention``).
 
     Raises:
         BackboneError: the backbone answers another number of classes.
@@ -144,7 +150,7 @@ def prune(
     with _stage(seconds, "units"):
         space = unit_space(backbone, plan, image_size=task.preprocessing.image_size, costs=costs)
     shrinking = _Shrinking.begin(backbone, task, plan, space, device, on_step)
-    shrinking.train_memory = train_memory
+    shrinking.train_memory, shrinking.quick = train_memory, quick
     shrinking.costs = space.costs if costs is None else costs
     with _stage(seconds, "dense"):
         shrinking.tell("whole model")
@@ -262,6 +268,8 @@ class _Shrinking:
     repair: ClosedForm | None = None
     train_memory: int | None = None
     costs: CostFunctions | None = None
+    quick: bool = False
+    answers: Tensor | None = None
 
     @classmethod
     def begin(
@@ -293,7 +301,10 @@ class _Shrinking:
 
     def solve_dense_head(self) -> Probe:
         features = head_inputs(self.model, self.head, self.fit.images, self.preprocessing)
-        return solve_probe(self.model, self.head, features, self.fit.labels, self.classes, method=self.plan.head)
+        probe = solve_probe(self.model, self.head, features, self.fit.labels, self.classes, method=self.plan.head)
+        if self.quick and self.teacher is not None:
+            self.answers = features.float() @ torch.from_numpy(probe.weights).T + torch.from_numpy(probe.biases)
+        return probe
 
     def cut(self, number: int) -> None:
         """One round: score what is left, remove down to this round's budget, repair, and train if more follow."""
@@ -359,18 +370,21 @@ class _Shrinking:
 
     def train(self, recipe: Recipe, stage: str, *, interruptible: bool) -> TrainingResult:
         self.tell(stage, 0, recipe.steps)
-        result = fine_tune(
-            self.model,
-            self.fit,
-            self.preprocessing,
-            recipe,
-            device=self.device,
-            held_back=self.guard,
-            teacher=self.teacher,
-            begin=None if self.repair is None else self.repair.trainable,
-            memory_limit=self.train_memory,
-            on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
-        )
+        single = self.quick and self.train_memory is None and attends_slowly(recipe, torch.device(self.device))
+        with plain_attention(self.model) if single else nullcontext():
+            result = fine_tune(
+                self.model,
+                self.fit,
+                self.preprocessing,
+                recipe,
+                device=self.device,
+                held_back=self.guard,
+                teacher=self.teacher if self.answers is None else None,
+                answers=self.answers,
+                begin=None if self.repair is None else self.repair.trainable,
+                memory_limit=self.train_memory,
+                on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
+            )
         if result.stopped and not interruptible:
             raise KeyboardInterrupt
         return result

@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from kinprune import pruning
 from kinprune.backbones import Backbone, load_backbone
 from kinprune.errors import BackboneError, BudgetError, TrainingError
 from kinprune.importance import CRITERIA
 from kinprune.pruning import Plan, Pruned, prune, unit_space
 from kinprune.selection import Budget, select
 from kinprune.tasks import DecodedTask, decode, task_from_arrays
-from kinprune.training import Recipe
+from kinprune.training import Recipe, fine_tune
 
 CLASSES = ("apple", "pear", "plum")
 PER_CLASS = 12
@@ -144,6 +145,27 @@ def test_the_same_seed_gives_the_same_and_the_global_state_is_left(
     assert again.training.losses == in_rounds.training.losses
     tensors = in_rounds.model.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_quick_pruning_does_not_ask_the_teacher_in_its_steps(
+    resnet: Backbone, task: DecodedTask, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    teachers: list[bool] = []
+
+    def note(model: nn.Module, *args: Any, **options: Any) -> Any:
+        teachers.append(options["teacher"] is not None)
+        return fine_tune(model, *args, **options)
+
+    monkeypatch.setattr(pruning, "fine_tune", note)
+    found = [prune(resnet, task, plan(rounds=rounds, round_steps=2), quick=True) for _ in range(2)]
+    assert teachers == [False] * 2 * rounds
+    assert found[0].training.losses == found[1].training.losses and len(found[0].training.losses) == 4
+    alone = prune(resnet, task, plan(rounds=rounds, round_steps=2, distil=False), quick=True)
+    usual = prune(resnet, task, plan(rounds=rounds, round_steps=2))
+    assert len({each.training.losses for each in (found[0], alone, usual)}) == 3
+    assert teachers[2 * rounds :] == [False] * rounds + [True] * rounds
+    assert (usual.probe.weights == found[0].probe.weights).all()
 
 
 def test_another_seed_gives_another_model(resnet: Backbone, task: DecodedTask, once: Pruned) -> None:

@@ -18,7 +18,7 @@ from kinprune.errors import TaskError, TrainingError
 from kinprune.evaluation import evaluate, logits
 from kinprune.preprocessing import Preprocessing
 from kinprune.tasks import Split
-from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
+from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back, plain_attention
 from kinprune.training.batches import batches, shift_and_flip
 from kinprune.training.loop import CurvePoint, judge
 from kinprune.training.recipe import default_rate, make_optimiser, optimiser_name, resolve_precision, schedule
@@ -164,6 +164,54 @@ def test_a_teacher_is_followed() -> None:
     assert same(state_of(teacher), frozen)
     with pytest.raises(TrainingError, match="teacher answers 4 classes and the model 3"):
         fine_tune(model_of("test_vit"), split, PREPROCESSING, QUICK, teacher=model_of("test_vit", classes=4))
+
+
+@pytest.mark.parametrize("hold_back", [0.0, 0.2])
+def test_answers_teach_as_the_teacher_who_gave_them(hold_back: float) -> None:
+    train, guard = stripes(12), stripes(4, seed=9) if hold_back else None
+    teacher = solved("test_resnet", train)
+    answers = logits(teacher, train.images, PREPROCESSING)
+    recipe = Recipe(
+        steps=6, batch_size=12, learning_rate=1e-3, precision="float32", augmentation="none", hold_back=hold_back
+    )
+    asked, told = model_of("test_vit"), model_of("test_vit")
+    first = fine_tune(asked, train, PREPROCESSING, recipe, held_back=guard, teacher=teacher)
+    second = fine_tune(told, train, PREPROCESSING, recipe, held_back=guard, answers=answers)
+    assert first.losses == pytest.approx(second.losses, rel=1e-5)
+    alone = fine_tune(model_of("test_vit"), train, PREPROCESSING, recipe, held_back=guard)
+    assert alone.losses != pytest.approx(second.losses, rel=1e-2)
+
+
+def test_answers_that_do_not_belong_to_the_images_are_refused() -> None:
+    train, held = stripes(6), stripes(2, seed=9)
+    teacher = model_of("test_resnet")
+    answers = logits(teacher, train.images, PREPROCESSING)
+    before = state_of(model := model_of("test_vit"))
+    with pytest.raises(TrainingError, match="18 answers of a teacher and 15 images to train on"):
+        fine_tune(model, train, PREPROCESSING, QUICK, answers=answers)  # three images were held back
+    with pytest.raises(TrainingError, match="17 answers of a teacher and 18 images"):
+        fine_tune(model, train, PREPROCESSING, QUICK, answers=answers[1:], held_back=held)
+    with pytest.raises(TrainingError, match="both given"):
+        fine_tune(model, train, PREPROCESSING, QUICK, answers=answers, teacher=teacher, held_back=held)
+    with pytest.raises(TrainingError, match="teacher answers 2 classes and the model 3"):
+        fine_tune(model, train, PREPROCESSING, QUICK, answers=answers[:, :2], held_back=held)
+    assert same(state_of(model), before)
+
+
+def test_plain_attention_answers_alike_and_is_put_back() -> None:
+    model, images = model_of("test_vit"), stripes(2).images
+    blocks = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    fused = logits(model, images, PREPROCESSING)
+    assert blocks and all(block.fused_attn for block in blocks)
+    with pytest.raises(KeyboardInterrupt), plain_attention(model):
+        assert not any(block.fused_attn for block in blocks)
+        torch.testing.assert_close(logits(model, images, PREPROCESSING), fused, rtol=1e-4, atol=1e-5)
+        raise KeyboardInterrupt
+    assert all(block.fused_attn for block in blocks)
+    blocks[0].fused_attn = False  # what its owner chose stays
+    with plain_attention(model):
+        pass
+    assert [block.fused_attn for block in blocks] == [False, *[True] * (len(blocks) - 1)]
 
 
 # never below the start

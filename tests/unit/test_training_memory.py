@@ -105,7 +105,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(parts: int) -> None:
     for number in (1, parts):
         model.zero_grad()
         loss = learn(lesson, split.images, split.labels, target, number)
-        found.append((loss, gradients(model)))
+        found.append((float(loss), gradients(model)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
 

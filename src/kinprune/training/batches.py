@@ -41,14 +41,16 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
 def shift_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
     """Each image ``[n, c, h, w]`` moved by its own random offset, reflected at its borders; mirrored half the time.
 
-    Offsets are uniform whole pixels up to an eighth of each side; images of a single row or column stay.
+    Offsets are uniform whole pixels up to an eighth of each side; images of a single row or column stay. They are drawn
+    on the generator's device, so that they do not depend on where the images are.
     """
     count, _, height, width = images.shape
     rows, columns = (_reflected(count, side, generator) for side in (height, width))
     if flip:
         mirrored = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, width - 1 - columns, columns)
-    index = torch.arange(count).view(-1, 1, 1)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    index = torch.arange(count, device=images.device).view(-1, 1, 1)
     # Indexing [n, :, h, w] puts the channels last.
     return images[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 

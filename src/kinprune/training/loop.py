@@ -93,6 +93,7 @@ def fine_tune(
     held_back: Split | None = None,
     begin: Mapping[str, Tensor] | None = None,
     memory_limit: int | None = None,
+    answers: Tensor | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place on ``device``, where it stays, and leave it in the best state seen, in evaluation mode.
 
@@ -109,24 +110,34 @@ def fine_tune(
     goes by counts alone, never by what is measured, so that the same seed and limit give the same model. A limit that
     nothing fits in raises TrainingError before any step, naming the smallest that can be reached.
 
+    ``answers`` stand in place of a teacher: what it answers to each image of ``split``, logits ``[n, classes]``. It is
+    then not asked about each shifted view in each step, which takes longer than all else where the model is small.
+    ``split`` must be what is trained on: the guard's images are in ``held_back``, or nothing is held back.
+
     A KeyboardInterrupt ends training, not the program: the result says ``stopped``. A non-finite loss raises
     TrainingError. Whatever happens, an error of ``on_step`` too, the model is left in its best state. The same seed
     gives the same model, bit for bit, on the CPU; the global random state is left as it was. Folded batch norms (see
     ``calibration.is_folded``), and any where a batch is a single image, stay frozen whatever the recipe says.
     """
-    _check(model, split, preprocessing, teacher, torch.device(device))
+    _check(model, split, preprocessing, teacher, answers, torch.device(device))
     if memory_limit is not None and memory_limit < 1:
         raise TrainingError(f"the limit of memory is {memory_limit}; expected a number of bytes above 0, or None")
     train, guard = (split, held_back) if held_back is not None else hold_back(split, recipe.hold_back, recipe.seed)
+    if answers is not None and len(answers) != len(train.labels):
+        raise TrainingError(
+            f"there are {len(answers)} answers of a teacher and {len(train.labels)} images to train on; expected an "
+            "answer for each: give the guard's images as held_back"
+        )
     optimiser = optimiser_name(model, recipe)
     precision = resolve_precision(recipe, torch.device(device))
     size = min(recipe.batch_size, len(train.labels))
     run = _Run(
         lesson=Lesson(model, teacher, preprocessing, recipe, precision),
         plan=MemoryPlan(size, taught_at_once=size),
-        train=train,
+        train=train if memory_limit is not None else _on(train, torch.device(device)),
         guard=train if guard is None else guard,
         guarded=guard is not None,
+        answers=None if answers is None else answers.to(device),
         optimiser=optimiser,
         learning_rate=recipe.learning_rate or default_rate(optimiser, recipe.steps),
         begin=begin,
@@ -171,6 +182,7 @@ class _Run:
     optimiser: Literal["sgd", "adamw"]
     learning_rate: float
     begin: Mapping[str, Tensor] | None
+    answers: Tensor | None = None
     layers: list[Piece] = field(default_factory=list)
     moved: frozenset[str] = frozenset()
     watch: Watch | None = None
@@ -243,7 +255,8 @@ class _Run:
         if self.recipe.augmentation == "light":
             images = shift_and_flip(images, generator, flip=self.recipe.flip)
         labels = self.train.labels[indices].to(device_of(self.model))
-        target = teach(self.lesson, images, self.plan.taught_at_once)
+        given = self.answers
+        target = teach(self.lesson, images, self.plan.taught_at_once) if given is None else given[indices]
         self.tidy()
         self.model.train()
         loss = learn(self.lesson, images, labels, target, self.plan.parts)
@@ -252,7 +265,7 @@ class _Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return loss
+        return float(loss)  # a device is waited for once a step, when all of it is under way
 
     def judge(self, step: int) -> float:
         """Judge the model on the guard's images, in float32; the calibrated loss."""
@@ -317,6 +330,11 @@ class _Run:
         )
 
 
+def _on(split: Split, device: torch.device) -> Split:
+    """The images where they are trained on, moved there once."""
+    return Split(split.images.to(device), split.labels.to(device))
+
+
 @torch.no_grad()
 def _copy(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, tensor in model.state_dict().items():
@@ -349,7 +367,12 @@ def _surroundings(lesson: Lesson, device: torch.device) -> Iterator[None]:
 
 
 def _check(
-    model: nn.Module, split: Split, preprocessing: Preprocessing, teacher: nn.Module | None, device: torch.device
+    model: nn.Module,
+    split: Split,
+    preprocessing: Preprocessing,
+    teacher: nn.Module | None,
+    answers: Tensor | None,
+    device: torch.device,
 ) -> None:
     if len(split.labels) == 0 or len(split.labels) != len(split.images):
         raise TaskError(
@@ -365,8 +388,12 @@ def _check(
             f"labels run from {lowest} to {highest} but the model answers {classes} classes (0 to {classes - 1}); "
             "solve its head for the task's number of classes first"
         )
+    if teacher is not None and answers is not None:
+        raise TrainingError("a teacher and a teacher's answers were both given; expected one of them")
     if teacher is not None:
-        taught = logits(teacher, split.images[:1], preprocessing, device=device).shape[1]
+        answers = logits(teacher, split.images[:1], preprocessing, device=device)
+    if answers is not None:
+        taught = answers.shape[1]
         if taught != classes:
             raise TrainingError(
                 f"the teacher answers {taught} classes and the model {classes}; expected a teacher of the same task"

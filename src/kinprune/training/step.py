@@ -44,17 +44,17 @@ def teach(lesson: Lesson, images: Tensor, at_once: int) -> Tensor | None:
     return answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
-def learn(lesson: Lesson, images: Tensor, labels: Tensor, target: Tensor | None, parts: int) -> float:
-    """Add the gradients of the mean loss over a mini-batch to those of the model; the loss.
+def learn(lesson: Lesson, images: Tensor, labels: Tensor, target: Tensor | None, parts: int) -> Tensor:
+    """Add the gradients of the mean loss over a mini-batch to those of the model; the loss, a scalar on the device.
 
     The mini-batch goes through the model in ``parts`` of nearly equal size, each weighted by its share: the gradients
     are those of the whole, up to rounding, where images do not meet in a layer, as they do in batch norm.
     """
-    total = 0.0
+    losses = []
     targets: Sequence[Tensor | None] = [None] * parts if target is None else target.tensor_split(parts)
     for some, wanted, taught in zip(images.tensor_split(parts), labels.tensor_split(parts), targets, strict=True):
-        total += float(learn_part(lesson, some, wanted, taught, 1 if parts == 1 else len(some) / len(images)))
-    return total
+        losses.append(learn_part(lesson, some, wanted, taught, 1 if parts == 1 else len(some) / len(images)))
+    return losses[0] if parts == 1 else torch.stack(losses).sum()
 
 
 def learn_part(lesson: Lesson, images: Tensor, labels: Tensor, target: Tensor | None, share: float) -> Tensor:
