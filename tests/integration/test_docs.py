@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -42,20 +43,35 @@ def reader(tmp_path: Path, make_folder: Callable[..., Path], monkeypatch: pytest
     return home
 
 
-def test_the_readme_runs(reader: Path) -> None:
+def run(page: Path) -> int:
+    """Run a page's commands and snippets, in order, and return how many there were."""
     ran = 0
-    for language, text in blocks(ROOT / "README.md"):
+    for language, text in blocks(page):
         if language == "console":
             for line in text.splitlines():
-                program, *arguments = shlex.split(line.removeprefix("$ "))
+                program, *arguments = shlex.split(os.path.expandvars(line.removeprefix("$ ")))
                 assert program == "kinprune", line
                 result = CliRunner().invoke(app, arguments, catch_exceptions=False)
                 assert result.exit_code == 0, f"{line}\n{result.output}"
                 ran += 1
         elif language == "python":
-            exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+            exec(compile(text, page.name, "exec"), {"__name__": "__main__"})
             ran += 1
-    assert ran >= 17
+    return ran
+
+
+def test_the_readme_runs(reader: Path) -> None:
+    assert run(ROOT / "README.md") >= 17
+
+
+def test_the_page_for_teams_runs(
+    reader: Path, make_database: Callable[[], str], s3: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PostgreSQL, S3 and Ray, all of them on this machine."""
+    monkeypatch.setenv("BANK", make_database())
+    monkeypatch.setenv("STORE", s3())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run(ROOT / "docs" / "team.md") >= 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -91,7 +91,8 @@ def check(
 def test_builders_and_servers_die_at_random(
     postgresql: Any,
     make_database: Callable[[], str],
-    s3: Any,
+    s3: Callable[[], str],
+    s3_server: Any,
     images: str,
     builder: ModuleType,
     make_bank: Callable[..., Bank],
@@ -99,7 +100,7 @@ def test_builders_and_servers_die_at_random(
 ) -> None:
     """Three builders on one bank, as long as they are: whoever is dead is started again."""
     address = make_database()
-    bank = make_bank(address, s3.make_bucket())
+    bank = make_bank(address, s3())
     tasks = 40
     command = [sys.executable, str(BUILDER), address, images, "1", "--tasks", str(tasks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -111,7 +112,7 @@ def test_builders_and_servers_die_at_random(
         if what == "builder":
             random.choice(running).kill()
             return
-        server = postgresql if what == "database" else s3
+        server = postgresql if what == "database" else s3_server
         server.stop()
         time.sleep(random.uniform(0, 3))
         server.start()
