@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import kinprune as kp
+from kinprune.building import Source, sample_sources
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytest.importorskip("torch_pruning", reason="torch-pruning is not installed: pip install 'kinprune[dev]'")
@@ -100,6 +101,60 @@ def test_adapt_says_where_the_seconds_go(
     assert told["of_the_bank"] == pytest.approx(
         sum(found["stages"][name] for name in ("kin", "vote", "inherit")), abs=0.01
     )
+
+
+def test_build_runs_every_way_on_the_same_tasks_and_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make_folder: Callable[..., Path],
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    module = importlib.import_module("benchmarks.build")
+    folder = make_folder(tmp_path / "data", ("ant", "bat", "cat"), 10, 32)
+
+    def prepare(model: str, options: object) -> tuple[kp.Backbone, list[Source]]:
+        """A small model without weights of its own, as there need not be any here."""
+        backbone = kp.load_backbone("test_resnet", num_classes=2, random=True, image_size=32)
+        return backbone, sample_sources([Source(str(folder))], 1, 2)
+
+    monkeypatch.setattr(module, "prepare", prepare)
+    monkeypatch.setattr(module, "warm_up", lambda *args: None)
+    plan = kp.Plan(kp.Budget(keep=0.3), rounds=2, round_steps=1, recipe=kp.Recipe(steps=2, batch_size=8))
+    out = tmp_path / "build.json"
+    words = ["--models", "resnet18", "--tasks", "1", "--out", str(out), "--json"]
+    module.main([*words, "--ways", "kinprune", "plain"], plan)
+    first = [json.loads(text) for text in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [row["way"] for row in first] == ["kinprune", "plain"]
+    capsys.readouterr()
+    module.main(words, plan)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["times_faster"]
+    assert len(told) == 6 and all(times > 0 for times in told.values())
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[:2] == first and sorted(row["way"] for row in rows) == sorted(module.WAYS)
+    # torch-pruning cut the same layers to the same widths.
+    assert len({row["parameters"] for row in rows}) == 1
+    assert all(0 <= row["accuracy"] <= 1 and row["processor"] > 0 for row in rows)
+    page = out.with_suffix(".md").read_text()
+    assert "| resnet18 | cpu, 1 | kinprune, quick | plain, taught | 1 |" in page and "last steps" in page
+
+
+def test_stacked_models_take_a_step_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("stacked")
+    monkeypatch.setattr(module, "SIZE", 32)
+    monkeypatch.setattr(module, "BATCH", 2)
+    module.main(["--models", "2", "--repeats", "1", "--out", str(tmp_path / "stacked.json"), "--json"])
+    assert json.loads(capsys.readouterr().out)["2"] > 0
+    models = [module.small(seed).train() for seed in range(2)]
+    images, labels = torch.randn(2, 2, 3, 32, 32), torch.tensor([[0, 1], [2, 3]])
+    together = module.stacked_step(models, images, labels)()
+    for number, model in enumerate(models):
+        torch.nn.functional.cross_entropy(model(images[number]), labels[number]).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(together[name][number], parameter.grad, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which is Linux's")
