@@ -61,7 +61,7 @@ def print_record(found: dict[str, Any]) -> None:
         "accuracy": f"whole model {found['accuracy_dense']:.1%}, closed form {found['accuracy_closed_form']:.1%}, "
         f"fine-tuned {found['accuracy']:.1%}",
         "weights": f"{byte_count(found['weight_bytes'])}, {found['weights']}",
-        "made": found["created"],
+        "made": f"{found['created'][:19].replace('T', ' ')} UTC",
         "plan": _plain(plan) if plan else None,
         "seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()) if seconds else None,
         "versions": ", ".join(f"{name} {text}" for name, text in details.get("versions", {}).items()) or None,

@@ -218,12 +218,11 @@ def test_a_server_lost_in_the_middle_of_writing_harms_nothing(
     requests = len(front.requests)
     assert requests >= 3
     for number in range(requests):
-        for way in ("busy", "lost"):
-            record = make_record(1 + number)
-            front.ways = ["" for _ in range(number)] + [way]
-            assert bank.add(record) is True and front.ways == []
-            assert bank.add(record) is False
-            bank.remove([bank.entries()[-1].id])
+        record = make_record(1 + number)
+        front.ways = ["" for _ in range(number)] + ["busy" if place.kind == "sqlite" else "lost"]
+        assert bank.add(record) is True and front.ways == []
+        assert bank.add(record) is False
+        bank.remove([bank.entries()[-1].id])
     assert len(bank) == 1 and verify(bank).whole and verify(bank).unreferenced == ()
 
 
