@@ -130,7 +130,8 @@ def _leading(bank: Bank, target: Target, search: Search, without: Collection[str
     far = search.which == "farthest"
     count = search.count if far else _wanted(search)
     leaders = Leaders(search.measure, target, count, farthest=far, seed=search.seed)
-    for chunk in _ahead(bank.probes() if far else likely_probes(bank, leaders.seen, search.measure)):
+    likely = bank.probes() if far else likely_probes(bank, leaders.seen, search.measure, without)
+    for chunk in _ahead(likely):
         for places, sources in chunk.by_classes(_by_key(chunk, without)):
             leaders.add(sources, np.array([chunk.keys[place] for place in places]))
     keys, scores = leaders.best()

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -55,8 +55,10 @@ HALF = 65_504
 Floats = NDArray[np.float32]
 
 
-def likely_probes(bank: Bank, target: Target, measure: str) -> Iterator[ProbeChunk]:
+def likely_probes(bank: Bank, target: Target, measure: str, without: Collection[str] = ()) -> Iterator[ProbeChunk]:
     """The probes of a bank that may be among the nearest to a target, some at a time; of a small bank all.
+
+    Records with a key in ``without`` take no place of another, but may be among them.
 
     Raises:
         BankError: a record that is read is damaged.
@@ -65,9 +67,9 @@ def likely_probes(bank: Bank, target: Target, measure: str) -> Iterator[ProbeChu
     if place is None or measure not in MEASURES:
         yield from bank.probes()
         return
-    last = 0
+    last, hidden = 0, np.array(_marks(without), dtype=np.uint64)
     for sketch in _stored(place):
-        found = _chosen(bank, sketch, target)
+        found = _chosen(bank, sketch.likely(target, hidden))
         if found is None:
             _forget(place, sketch.after)
             break
@@ -120,19 +122,21 @@ class Sketch:
         seen = Target(features, target.labels, target.classes)
         return np.concatenate([transferability("leep", seen, part.sources()) for part in self.parts])
 
-    def likely(self, target: Target) -> dict[int, int]:
-        """The numbers of those that may be near, each with the mark of its key."""
+    def likely(self, target: Target, hidden: NDArray[np.uint64]) -> dict[int, int]:
+        """The numbers of those that may be near, each with the mark of its key; not those with a ``hidden`` mark."""
         scores = self.scores(target)
         ids, marks = (np.concatenate([getattr(part, name) for part in self.parts]) for name in ("ids", "marks"))
-        best = np.argsort(-scores, kind="stable")[: max(1, math.ceil(LIKELY * len(ids)))]
+        order = np.argsort(-scores, kind="stable")
+        best = order[~np.isin(marks[order], hidden)][: math.ceil(LIKELY * len(ids))]
         return dict(zip(ids[best].tolist(), marks[best].tolist(), strict=True))
 
 
-def _chosen(bank: Bank, sketch: Sketch, target: Target) -> list[ProbeChunk] | None:
-    """The likely ones' probes; None where the sketch is of other records than the bank has."""
-    likely = sketch.likely(target)
+def _chosen(bank: Bank, likely: dict[int, int]) -> list[ProbeChunk] | None:
+    """The likely ones' probes; None where they are of other records than the bank has."""
     chunks = list(bank.probes(ids=list(likely)))
-    told = {number: mark for chunk in chunks for number, mark in zip(chunk.ids.tolist(), _marks(chunk), strict=True)}
+    told = {
+        number: mark for chunk in chunks for number, mark in zip(chunk.ids.tolist(), _marks(chunk.keys), strict=True)
+    }
     same = all(likely[number] == mark for number, mark in told.items())
     return chunks if same and 2 * len(told) >= len(likely) else None
 
@@ -168,7 +172,7 @@ class Draft:
 
     def add(self, chunk: ProbeChunk) -> None:
         """Take in some records, with higher numbers than those before."""
-        marks = np.array(_marks(chunk), dtype=np.uint64)
+        marks = np.array(_marks(chunk.keys), dtype=np.uint64)
         for places, sources in chunk.by_classes(np.arange(len(chunk))):
             columns = np.column_stack([self.reduction, self.mean])
             products = _flat(sources.weights) @ columns
@@ -226,10 +230,10 @@ def _roots(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
-def _marks(chunk: ProbeChunk) -> list[int]:
+def _marks(keys: Iterable[str]) -> list[int]:
     """A number for each key, and so for what was asked: another bank's record of the same number has another."""
-    keys = (key.encode("utf-8", "surrogateescape") for key in chunk.keys)
-    return [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys]
+    encoded = (key.encode("utf-8", "surrogateescape") for key in keys)
+    return [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in encoded]
 
 
 _NAME = re.compile(r"(\d{20})-(\d{20})-([0-9a-f]{64})\.safetensors")

@@ -18,6 +18,7 @@ from kinprune.bank.rows import rows_of
 from kinprune.bank.sketches import sketch_folder
 from kinprune.bank.weights import pack
 from kinprune.calibration import Probe
+from kinprune.errors import BankError
 from kinprune.kin import Search, find_kin
 from kinprune.transferability import Target, leading, transferability
 
@@ -121,6 +122,19 @@ def test_the_best_are_found_among_real_ones(bank: Bank) -> None:
     assert [key for key, _ in found(bank)] == best
 
 
+def test_those_left_out_take_no_place(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More are hidden than a sketch calls likely, the nearest of all."""
+    ranked = [neighbour.entry.key for neighbour in find_kin(bank, target_of(bank), (), Search(which="all"))]
+    near = [neighbour.entry.key for neighbour in find_kin(bank, target_of(bank), (), without=set(ranked[:100]))]
+    assert len(files(bank)) == 2  # that search had none
+    counts = read(bank, monkeypatch)
+    again = [neighbour.entry.key for neighbour in find_kin(bank, target_of(bank), (), without=set(ranked[:100]))]
+    assert sum(counts) == 2 * 21 + RECORDS - 2048
+    assert len(again) == 10 and not set(again) & set(ranked[:100]) and len(set(again) & set(near)) >= 9
+    with pytest.raises(BankError, match="no record to learn from"):
+        find_kin(bank, target_of(bank), (), without=set(ranked))
+
+
 def test_they_follow_the_bank(bank: Bank, make_record: Make) -> None:
     first = found(bank)
     means = own_means(bank).astype(np.float32)
@@ -218,5 +232,5 @@ def test_few_numbers_tell_the_likely_where_features_are_many() -> None:
         features = features + 4 * random.normal(size=features.shape)
         target = Target(features.astype(np.float32), labels, 3)
         true = 1 + np.argsort(-transferability("leep", target, sources))[:3]
-        hits.append(len(set(true.tolist()) & set(sketch.likely(target))))
+        hits.append(len(set(true.tolist()) & set(sketch.likely(target, np.array([], dtype=np.uint64)))))
     assert sketch.parts[0].weights.shape == (tasks, 3, sketches.RANK) and sum(hits) >= 29
