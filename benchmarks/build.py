@@ -246,9 +246,9 @@ TOLD = (
     "steps, batches, optimiser and learning rates, float32, all training images to learn from, the last state kept; "
     "MobileNetV2's folded batch norms are trained like any others. *plain, taught* has the whole model as teacher too, "
     "as Kinprune has, and *plain, 3 x steps* three times the steps. *kinprune, quick* is `prune(quick=True)`: the "
-    "teacher answers each image once, and attention is computed in single operations. The ways take turns on each "
-    "task. An hour: source tasks an hour, ours and theirs. Times: seconds of the other way in parts of ours, more is "
-    "better; processor: the same in processor time, which is what counts where the machine does other things too. "
+    "teacher answers each image once, and not each shifted view of it. The ways take turns on each task. An hour: "
+    "source tasks an hour, ours and theirs. Times: seconds of the other way in parts of ours, more is better; "
+    "processor: the same in processor time, which is what counts where the machine does other things too. "
     "Accuracy is on 500 test images a task, ours and theirs; the gain is ours less theirs, paired, with its standard "
     "error over tasks. Whether small models train faster stacked is in [stacked.md](stacked.md).\n\n"
 )

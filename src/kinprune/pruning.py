@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, get_args
@@ -35,7 +35,7 @@ from kinprune.importance import CRITERIA, Criterion, Normalisation, Scores, draw
 from kinprune.preprocessing import Preprocessing
 from kinprune.selection import Allocation, Budget, CostFunctions, Selection, select
 from kinprune.tasks import DecodedTask, Split
-from kinprune.training import Recipe, TrainingResult, attends_slowly, fine_tune, hold_back, plain_attention
+from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
 from kinprune.units import Costs, Mask, UnitSpace, extract, find_units
 from kinprune.units.layout import kept as kept_indices
 
@@ -133,9 +133,8 @@ def prune(
     see ``fine_tune``. ``costs`` are what the budget's limits count in: the unit space's own where none are given, a
     device's (``devices.goal.DeviceCosts``) in its precision, and in milliseconds where it was profiled.
 
-    ``quick`` takes what is faster, and gives other numbers: the whole model, as teacher, answers each training image
-    once, as it is, and not each shifted view of it in each step; and on a CPU in bfloat16, without a limit of memory,
-    attention is trained in single operations (see ``training.plain_attention``).
+    ``quick`` is faster and gives other numbers: the whole model, as teacher, answers each training image once, as it
+    is, and not each shifted view of it in each step (see ``answers`` of ``fine_tune``).
 
     Raises:
         BackboneError: the backbone answers another number of classes.
@@ -370,21 +369,19 @@ class _Shrinking:
 
     def train(self, recipe: Recipe, stage: str, *, interruptible: bool) -> TrainingResult:
         self.tell(stage, 0, recipe.steps)
-        single = self.quick and self.train_memory is None and attends_slowly(recipe, torch.device(self.device))
-        with plain_attention(self.model) if single else nullcontext():
-            result = fine_tune(
-                self.model,
-                self.fit,
-                self.preprocessing,
-                recipe,
-                device=self.device,
-                held_back=self.guard,
-                teacher=self.teacher if self.answers is None else None,
-                answers=self.answers,
-                begin=None if self.repair is None else self.repair.trainable,
-                memory_limit=self.train_memory,
-                on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
-            )
+        result = fine_tune(
+            self.model,
+            self.fit,
+            self.preprocessing,
+            recipe,
+            device=self.device,
+            held_back=self.guard,
+            teacher=self.teacher if self.answers is None else None,
+            answers=self.answers,
+            begin=None if self.repair is None else self.repair.trainable,
+            memory_limit=self.train_memory,
+            on_step=lambda step, steps, _loss: self.tell(stage, step, steps),
+        )
         if result.stopped and not interruptible:
             raise KeyboardInterrupt
         return result

@@ -94,3 +94,12 @@ def test_refuses_labels_without_an_output_and_empty_splits() -> None:
         predict(Brightness(), grey()[:0], PREPROCESSING)
     with pytest.raises(TaskError, match="batch_size is 0"):
         predict(Brightness(), grey(1), PREPROCESSING, batch_size=0)
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(1, [1]), (32, [32]), (33, [17, 16]), (70, [24, 23, 23])])
+def test_images_pass_in_nearly_equal_batches(images: int, sizes: list[int]) -> None:
+    seen: list[int] = []
+    model = Brightness()
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    predict(model, grey(*range(images)), PREPROCESSING)
+    assert seen == sizes

@@ -18,7 +18,7 @@ from kinprune.errors import TaskError, TrainingError
 from kinprune.evaluation import evaluate, logits
 from kinprune.preprocessing import Preprocessing
 from kinprune.tasks import Split
-from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back, plain_attention
+from kinprune.training import Recipe, TrainingResult, fine_tune, hold_back
 from kinprune.training.batches import batches, shift_and_flip
 from kinprune.training.loop import CurvePoint, judge
 from kinprune.training.recipe import default_rate, make_optimiser, optimiser_name, resolve_precision, schedule
@@ -196,22 +196,6 @@ def test_answers_that_do_not_belong_to_the_images_are_refused() -> None:
     with pytest.raises(TrainingError, match="teacher answers 2 classes and the model 3"):
         fine_tune(model, train, PREPROCESSING, QUICK, answers=answers[:, :2], held_back=held)
     assert same(state_of(model), before)
-
-
-def test_plain_attention_answers_alike_and_is_put_back() -> None:
-    model, images = model_of("test_vit"), stripes(2).images
-    blocks = [module for module in model.modules() if hasattr(module, "fused_attn")]
-    fused = logits(model, images, PREPROCESSING)
-    assert blocks and all(block.fused_attn for block in blocks)
-    with pytest.raises(KeyboardInterrupt), plain_attention(model):
-        assert not any(block.fused_attn for block in blocks)
-        torch.testing.assert_close(logits(model, images, PREPROCESSING), fused, rtol=1e-4, atol=1e-5)
-        raise KeyboardInterrupt
-    assert all(block.fused_attn for block in blocks)
-    blocks[0].fused_attn = False  # what its owner chose stays
-    with plain_attention(model):
-        pass
-    assert [block.fused_attn for block in blocks] == [False, *[True] * (len(blocks) - 1)]
 
 
 # never below the start

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kinprune.errors import TaskError, TrainingError
-from kinprune.evaluation import device_of, eval_mode
+from kinprune.evaluation import at_once, device_of, eval_mode, in_batches
 from kinprune.preprocessing import Preprocessing, normalise
 
 HeadMethod = Literal["ridge", "class-mean"]
@@ -52,7 +52,7 @@ def solve_head(
     *,
     method: HeadMethod = "ridge",
     ridges: Sequence[float] = RIDGES,
-    batch_size: int = 128,
+    batch_size: int | None = None,
 ) -> HeadSolution:
     """Write a closed-form classifier into the Linear named ``head``, from its own inputs on ``images``.
 
@@ -96,7 +96,7 @@ def fit_head(
 
 @torch.no_grad()
 def head_inputs(
-    model: nn.Module, head: str, images: Tensor, preprocessing: Preprocessing, *, batch_size: int = 128
+    model: nn.Module, head: str, images: Tensor, preprocessing: Preprocessing, *, batch_size: int | None = None
 ) -> Tensor:
     """What the Linear named ``head`` is given for ``uint8 [n, 3, h, w]`` images: float64 ``[n, d]`` on the CPU."""
     seen: list[Tensor] = []
@@ -108,7 +108,7 @@ def head_inputs(
     device = device_of(model)
     try:
         with eval_mode(model):
-            for batch in torch.split(images, batch_size):
+            for batch in in_batches(images, batch_size or at_once(device)):
                 model(normalise(batch.to(device), preprocessing))
     finally:
         handle.remove()

@@ -1,6 +1,5 @@
 """The one way models are fine-tuned."""
 
-from kinprune.training.attention import attends_slowly, plain_attention
 from kinprune.training.batches import hold_back
 from kinprune.training.loop import CurvePoint, OnStep, TrainingResult, fine_tune
 from kinprune.training.memory import TrainingMemory
@@ -13,9 +12,7 @@ __all__ = [
     "Recipe",
     "TrainingMemory",
     "TrainingResult",
-    "attends_slowly",
     "fine_tune",
     "hold_back",
     "least_limit",
-    "plain_attention",
 ]

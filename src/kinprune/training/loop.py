@@ -15,12 +15,12 @@ from torch.nn import functional
 
 from kinprune.calibration import frozen_batch_norm, is_folded, reestimate_batch_norm
 from kinprune.errors import TaskError, TrainingError
-from kinprune.evaluation import device_of, lay_out, logits
+from kinprune.evaluation import at_once, device_of, lay_out, logits
 from kinprune.preprocessing import Preprocessing
 from kinprune.tasks import Split
 from kinprune.training.batches import batches, hold_back, shift_and_flip
 from kinprune.training.freezing import Piece
-from kinprune.training.memory import COUNTED, JUDGED, MemoryPlan, TrainingMemory, arranged, remember
+from kinprune.training.memory import COUNTED, MemoryPlan, TrainingMemory, arranged, remember
 from kinprune.training.needs import Needs
 from kinprune.training.planning import plan_memory
 from kinprune.training.recipe import (
@@ -133,7 +133,7 @@ def fine_tune(
     size = min(recipe.batch_size, len(train.labels))
     run = _Run(
         lesson=Lesson(model, teacher, preprocessing, recipe, precision),
-        plan=MemoryPlan(size, taught_at_once=size),
+        plan=MemoryPlan(size, taught_at_once=_taught_at_once(teacher, size, torch.device(device))),
         train=train if memory_limit is not None else _on(train, torch.device(device)),
         guard=train if guard is None else guard,
         guarded=guard is not None,
@@ -160,7 +160,7 @@ def fine_tune(
 
 
 def judge(
-    model: nn.Module, split: Split, preprocessing: Preprocessing, step: int, *, batch_size: int = JUDGED
+    model: nn.Module, split: Split, preprocessing: Preprocessing, step: int, *, batch_size: int | None = None
 ) -> CurvePoint:
     """How good a model is on a split, after ``step`` steps."""
     answers = logits(model, split.images, preprocessing, batch_size=batch_size)
@@ -269,8 +269,8 @@ class _Run:
 
     def judge(self, step: int) -> float:
         """Judge the model on the guard's images, in float32; the calibrated loss."""
-        at_once = self.plan.judged_at_once
-        point = judge(self.model, self.guard, self.lesson.preprocessing, step, batch_size=at_once)
+        size = min(self.plan.judged_at_once, at_once(device_of(self.model)))
+        point = judge(self.model, self.guard, self.lesson.preprocessing, step, batch_size=size)
         self.curve.append(point)
         return point.calibrated
 
@@ -328,6 +328,14 @@ class _Run:
             precision=self.lesson.precision,
             memory=remember(self.plan, peak),
         )
+
+
+def _taught_at_once(teacher: nn.Module | None, size: int, device: torch.device) -> int:
+    """Images that a teacher answers at a time: fewer where grouped convolutions make it wait for memory on a CPU."""
+    grouped = teacher is not None and any(
+        isinstance(module, nn.Conv2d) and module.groups > 1 for module in teacher.modules()
+    )
+    return min(size, at_once(device)) if grouped and device.type == "cpu" else size
 
 
 def _on(split: Split, device: torch.device) -> Split:
