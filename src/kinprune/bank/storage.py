@@ -23,6 +23,9 @@ from kinprune.units import Mask
 CHUNK = 1024
 """Records read at a time. Thousands would be slower: the memory of so many probes is not used again for the next."""
 
+CHUNK_BYTES, FETCHED = 32_000_000, 16
+"""Bytes of probes after which no more are read at a time, and how many come at once."""
+
 PART = 500
 """Values named in one statement."""
 
@@ -110,20 +113,26 @@ class Bank:
 
     def probes(self, chunk: int = CHUNK, *, ids: Sequence[int] | None = None, after: int = 0) -> Iterator[ProbeChunk]:
         """The probes of all records above an id, or of those of these ids that are there, some at a time, by id."""
-        if ids is not None:
-            for part in parts(sorted(ids), min(chunk, PART)):
-                yield ProbeChunk.of(self._probe_rows(_is_in("probe", part), len(part)), self.header.features)
-            return
-        last = after
-        while rows := self._probe_rows(schema.probe.c.record > last, chunk):
-            yield ProbeChunk.of(rows, self.header.features)
-            last = rows[-1].record
+        number = schema.probe.c.record
+        those = [_is_in("probe", part) for part in parts(sorted(ids))] if ids is not None else [number > after]
+        for wanted in those:
+            last = after
+            while rows := self._probe_rows(wanted & (number > last), chunk):
+                yield ProbeChunk.of(rows, self.header.features)
+                last = rows[-1].record
 
     @retried
-    def _probe_rows(self, those: ColumnElement[bool], most: int) -> Sequence[Row[Any]]:
+    def _probe_rows(self, those: ColumnElement[bool], most: int) -> list[Row[Any]]:
+        """At most so many, and fewer where they are large: a probe of a thousand classes has megabytes."""
         query = select(schema.probe).where(those).order_by(schema.probe.c.record).limit(most)
+        rows: list[Row[Any]] = []
+        size = 0
         with schema.reading(self.engine) as connection:
-            return connection.execute(query).all()
+            result = connection.execute(query)
+            while size < CHUNK_BYTES and (some := result.fetchmany(FETCHED)):
+                rows += some
+                size += sum(len(row.content) for row in some)
+        return rows
 
     @retried
     def lessons(self, ids: Sequence[int]) -> Lessons:

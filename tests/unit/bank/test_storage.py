@@ -103,6 +103,20 @@ def test_probes_and_lessons_are_those_of_their_records(bank: Bank, make_record: 
     assert nothing.rankings.shape == nothing.kept.shape == (0, bank.header.units)
 
 
+def test_large_probes_come_in_smaller_chunks(bank: Bank, make_record: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(5):
+        bank.add(make_record(seed))
+    (whole,) = bank.probes()
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 2 * len(whole.contents[0]))
+    monkeypatch.setattr(storage, "FETCHED", 1)
+    for chunks in (list(bank.probes()), list(bank.probes(ids=whole.ids[::-1].tolist()))):
+        assert [len(chunk) for chunk in chunks] == [2, 2, 1]
+        assert [content for chunk in chunks for content in chunk.contents] == list(whole.contents)
+    after = list(bank.probes(after=int(whole.ids[2])))
+    assert [key for chunk in after for key in chunk.keys] == list(whole.keys[3:])
+    assert list(bank.probes(ids=[999])) == list(bank.probes(ids=[])) == []
+
+
 def test_many_ids_are_read_in_several_statements(
     sqlite_bank: Bank, make_record: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
