@@ -113,11 +113,9 @@ class Bank:
 
     def probes(self, chunk: int = CHUNK, *, ids: Sequence[int] | None = None, after: int = 0) -> Iterator[ProbeChunk]:
         """The probes of all records above an id, or of those of these ids that are there, some at a time, by id."""
-        number = schema.probe.c.record
-        those = [_is_in("probe", part) for part in parts(sorted(ids))] if ids is not None else [number > after]
-        for wanted in those:
+        for part in [None] if ids is None else parts(sorted(ids)):
             last = after
-            while rows := self._probe_rows(wanted & (number > last), chunk):
+            while rows := self._probe_rows(_probes_above(last, part), chunk):
                 yield ProbeChunk.of(rows, self.header.features)
                 last = rows[-1].record
 
@@ -266,6 +264,11 @@ def parts(items: Sequence[T], most: int | None = None) -> Iterator[list[T]]:
     """The items, at most so many at a time, else as many as one statement can name."""
     step = most or PART
     return (list(items[start : start + step]) for start in range(0, len(items), step))
+
+
+def _probes_above(last: int, ids: Sequence[int] | None) -> ColumnElement[bool]:
+    """Probes of records above a number. Of two bounds SQLite may take the lower, and go through all up to the other."""
+    return schema.probe.c.record > last if ids is None else _is_in("probe", [each for each in ids if each > last])
 
 
 def _is_in(table: str, ids: Sequence[int]) -> ColumnElement[bool]:

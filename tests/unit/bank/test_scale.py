@@ -145,6 +145,11 @@ def test_a_page_and_lessons_and_lines_are_read_without_the_rest(banks: Banks) ->
     assert work(banks.large, Bank.entries) > 3 * work(banks.small, Bank.entries)  # the count does tell
 
 
+def test_reading_all_probes_goes_over_each_once(banks: Banks) -> None:
+    small, large = (work(bank, lambda bank: list(bank.probes())) for bank in (banks.small, banks.large))
+    assert large <= 1.2 * MANY / FEW * small
+
+
 def test_drawn_ones_do_not_depend_on_when_they_came(banks: Banks) -> None:
     target = target_of(banks.small)
 
