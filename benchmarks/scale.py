@@ -61,8 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     rows = [measure_bank(tasks, options) for tasks in options.tasks]
-    kept = ("repeats", "targets", "threads")
-    found = {**{name: getattr(options, name) for name in kept}, "versions": versions(), "rows": rows}
+    found = {"threads": options.threads, "versions": versions(), "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(page(found))
@@ -87,6 +86,8 @@ def measure_bank(tasks: int, options: argparse.Namespace) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "made": json.loads(made.read_text())["seconds"],
         "load": os.getloadavg()[0],
+        "repeats": options.repeats,
+        "targets": options.targets,
     }
     for name in MEASURES:
         sketches = path.with_name(f"{path.name}.sketches")
@@ -158,8 +159,7 @@ def measure_cold(bank: Bank, options: argparse.Namespace) -> dict[str, float]:
 
 def measure_nearest(bank: Bank, options: argparse.Namespace) -> dict[str, float]:
     target = target_of(bank)
-    find_kin(bank, target, ())
-    return measured(lambda: find_kin(bank, target, ()), options.repeats)
+    return measured(lambda: find_kin(bank, target, ()), options.repeats + 1)  # one to fill the cache
 
 
 def measure_random(bank: Bank, options: argparse.Namespace) -> dict[str, float]:
@@ -254,8 +254,8 @@ def page(found: dict[str, Any]) -> str:
             "# The size of a bank",
             "",
             "Made by `python benchmarks/scale.py --folder DIR`: made-up records of ResNet-18's shape, a process a",
-            f"number, the fastest of {found['repeats']} runs (of the two without a cache, one), threads for products:",
-            f"{found['threads']}, and one that reads.",
+            "number, the fastest of some runs (of the two without a cache, one). Threads for products:",
+            f"{found['threads']}, and one that reads. The machine was busy with other work, as its load tells.",
             "",
             "*First time* nothing is in the system's cache and there are no sketches: the whole bank is read, and they",
             "are made (from 16,384 records on). *From disk* nothing is in the cache. The others find the bank in the",
@@ -267,13 +267,14 @@ def page(found: dict[str, Any]) -> str:
             "Megabytes that the process grew by at most:",
             "",
             *table(lambda cell: f"{cell['peak_bytes'] / 1e6:.0f}"),
-            f"The banks, and the truly nearest ten that are found, over {found['targets']} targets:",
+            "The banks, and the share of the truly nearest ten that is found:",
             "",
-            "| records | bytes | bytes a record | seconds to write | found, mean | worst target | load |",
-            "|---:|---:|---:|---:|---:|---:|---:|",
+            "| records | bytes | bytes a record | seconds to write | targets | found, mean | worst | runs | load |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
             *(
                 f"| {row['tasks']:,} | {row['bytes'] / 1e9:.2f} GB | {row['bytes'] / row['tasks']:,.0f} | "
-                f"{row['made']:.0f} | {row['recall']['mean']:.3f} | {row['recall']['worst']:.1f} | {row['load']:.1f} |"
+                f"{row['made']:.0f} | {row['targets']} | {row['recall']['mean']:.3f} | {row['recall']['worst']:.1f} | "
+                f"{row['repeats']} | {row['load']:.1f} |"
                 for row in rows
             ),
             "",
@@ -308,6 +309,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         right.plot(across, [row["bytes"] / 1e6 for row in rows], color="#333", linestyle=":", label="the bank itself")
         left.set(xscale="log", yscale="log", xlabel="records", ylabel="seconds")
         right.set(xscale="log", yscale="log", xlabel="records", ylabel="MB")
+        for panel in (left, right):
+            panel.minorticks_off()
         left.legend(frameon=False, fontsize=7.5)
         right.legend(frameon=False, fontsize=7.5)
         figure.savefig(path, metadata={"Date": None})

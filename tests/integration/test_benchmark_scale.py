@@ -33,8 +33,8 @@ def test_banks_written_in_bulk_are_whole_and_are_measured(monkeypatch: pytest.Mo
     options = argparse.Namespace(repeats=1, targets=2, threads=1)
     row: dict[str, Any] = {name: measure(bank, options) for name, measure in scale.MEASURES.items()}
     assert row["recall"] == {"mean": 1.0, "worst": 1.0} and all(row[name]["seconds"] > 0 for name in scale.COLUMNS)
-    row |= {"tasks": 60, "bytes": 1_200_000, "made": 1.0, "load": 0.5}
-    page = scale.page({"rows": [row], "repeats": 1, "targets": 2, "threads": 1})
+    row |= {"tasks": 60, "bytes": 1_200_000, "made": 1.0, "load": 0.5, "repeats": 1, "targets": 2}
+    page = scale.page({"rows": [row], "threads": 1})
     assert page.count("\n| 60 | ") == 3
     scale.draw([row, row | {"tasks": 120}], tmp_path / "scale.svg")
     assert "<svg" in (tmp_path / "scale.svg").read_text()
