@@ -159,11 +159,12 @@ def adapt_command(
 
 def _samples(bank: Bank, sources: Sequence[Task], preprocessing: Preprocessing) -> dict[str, Tensor]:
     """An image of each class that both the bank and the sources have: read before any work, for one may be damaged."""
+    from kinprune.bank.listing import class_names
     from kinprune.tasks import decode_samples
 
     if not sources:
         return {}
-    known = {name for entry in bank.entries() for name in entry.classes}
+    known = class_names(bank)
     found: dict[str, Tensor] = {}
     for source in sources:
         found |= decode_samples(source, known, preprocessing)
