@@ -6,7 +6,8 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
@@ -52,8 +53,7 @@ def retry(operation: Callable[[], T]) -> T:
     if _under_way.get():
         return operation()
     began, pause, told = time.monotonic(), FIRST_PAUSE, False
-    token = _under_way.set(True)
-    try:
+    with once():
         while True:
             try:
                 return operation()
@@ -67,6 +67,14 @@ def retry(operation: Callable[[], T]) -> T:
             # Of their own length, so that many who lost the same server do not all come back at once.
             time.sleep(min(pause * random.Random().uniform(0.5, 1), RETRY_SECONDS - tried))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Inside, nothing is tried again: for what can wait for its next turn, or is not worth waiting for."""
+    token = _under_way.set(True)
+    try:
+        yield
     finally:
         _under_way.reset(token)
 

@@ -7,10 +7,12 @@ import platform
 import secrets
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from kinprune.bank import Bank
 from kinprune.bank.claims import Claimed, claim, claims, release, renew
+from kinprune.bank.retrying import once
 from kinprune.errors import BankError
 
 LEASE = 60.0
@@ -48,19 +50,15 @@ class Claims:
         """Give up what is still claimed. Where the bank cannot be reached, claims run out by themselves."""
         self._ended.set()
         self._thread.join()
-        try:
+        with suppress(BankError), once():
             release(self.bank, self._held, self.owner)
-        except BankError:
-            return
 
     def _prolong(self) -> None:
         while not self._ended.wait(self.lease / RENEWALS):
             with self._lock:
                 held = set(self._held)
-            try:
+            with suppress(BankError), once():  # the build itself says so where it needs the bank
                 renew(self.bank, held, self.owner, self.lease)
-            except BankError:  # the build itself will say so where it needs the bank
-                continue
 
 
 def owner_name() -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kinprune as kp
-from kinprune.bank import Bank, create_bank
+from kinprune.bank import Bank, create_bank, create_like
 from kinprune.bank.claims import claim, claims
+from kinprune.bank.retrying import RETRY_SECONDS
 from kinprune.building.claiming import Claims, drop_dead, owner_name
 from kinprune.units import find_units
 
@@ -78,3 +81,33 @@ def test_owners_of_another_form_are_left_alone(bank: Bank, owner: str) -> None:
         claim(bank, KEY, owner, 600)
     drop_dead(bank)
     assert len(claims(bank)) == bool(owner)
+
+
+def test_a_build_whose_bank_is_gone_ends_at_once(bank: Bank, postgresql: Any, make_database: Callable[[], str]) -> None:
+    """It has waited before it gave up; to give up its claims it does not wait again."""
+    shared = create_like(make_database(), bank, store=f"{bank.store.url}-shared")
+    mine = Claims(shared)
+    assert mine.take(KEY) == "yes"
+    postgresql.stop()
+    try:
+        began = time.monotonic()
+        mine.close()
+        assert time.monotonic() - began < RETRY_SECONDS / 2
+    finally:
+        postgresql.start()
+    assert [entry.owner for entry in claims(shared)] == [mine.owner], "it runs out by itself"
+
+
+def test_claims_outlast_a_server_that_is_away_for_a_while(
+    bank: Bank, postgresql: Any, make_database: Callable[[], str]
+) -> None:
+    shared = create_like(make_database(), bank, store=f"{bank.store.url}-shared")
+    mine = Claims(shared, lease=4.0)
+    assert mine.take(KEY) == "yes"
+    postgresql.stop()
+    time.sleep(1.5)
+    postgresql.start()
+    time.sleep(4.0)
+    assert [entry.owner for entry in claims(shared)] == [mine.owner]
+    mine.close()
+    assert claims(shared) == []
