@@ -65,6 +65,10 @@ class Bank:
         with schema.reading(self.engine) as connection:
             return int(connection.execute(select(func.count()).select_from(schema.record)).scalar_one())
 
+    def __bool__(self) -> bool:
+        """An open bank is true, without records too; nothing is read for that."""
+        return True
+
     def close(self) -> None:
         """Let go of the database. A SQLite file that nobody has open is all in one file, and can be moved."""
         self.engine.dispose()

@@ -307,3 +307,7 @@ def test_another_unit_space_is_refused(sqlite_bank: Bank, space: UnitSpace) -> N
     other = load_backbone("test_resnet", num_classes=3, random=True, image_size=32)
     with pytest.raises(BankError, match=r"30 units of tiny_net:tiny at 16 pixels, without the residual stream"):
         check_space(sqlite_bank.header, find_units(other.model, (32, 32), head=other.head))
+
+
+def test_an_empty_bank_is_a_bank(bank: Bank) -> None:
+    assert bank and len(bank) == 0
