@@ -27,7 +27,7 @@ from kinprune.units import find_units
 BUILDER = Path(__file__).with_name("builder.py")
 CLASSES = ("apple", "pear", "plum", "fig")
 STORE = 80 * 2**20
-STEPS = 50
+STEPS = 30
 """Of a task: it takes some seconds."""
 
 
@@ -159,7 +159,10 @@ def test_a_build_that_was_killed_goes_on_and_the_cluster_is_free_for_it(
     assert weights_of(bank) == expected and claims(bank) == []
 
 
-def test_what_no_machine_has_is_refused(machines: Any, bank: Bank, images: str, builder: ModuleType) -> None:
+def test_what_no_machine_has_is_refused(
+    machines: Any, bank: Bank, images: str, builder: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kinprune.building.cluster.READY_SECONDS", 0.5)
     for cluster in (Cluster(machines.address, cpus=64), Cluster(machines.address, gpus=0.5)):
         with pytest.raises(BankError, match="no machine of the cluster"):
             build(bank, builder.sources(images), builder.PLAN, cluster=cluster)

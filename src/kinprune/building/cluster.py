@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,9 @@ RETRIES = 5
 
 ANSWER_SECONDS = 10.0
 """How long a cluster's address may take to answer at all."""
+
+READY_SECONDS = 10.0
+"""How long a cluster may have no machine for a task before it is refused."""
 
 _EXPECTED = "expected local, auto (the cluster that this machine is part of), HOST:PORT or ray://HOST:PORT"
 
@@ -73,7 +77,7 @@ class OnCluster:
             _connect(self.ray, cluster.address)
         self.under_way: dict[Any, Work] = {}
         try:
-            if self._slots() < 1:
+            if not self._has_slots():
                 raise BankError(
                     f"no machine of the cluster at {cluster.address} has {cluster.cpus} CPUs and {cluster.gpus:g} GPUs "
                     "for a task: lower --task-cpus or --task-gpus, or see 'ray status'"
@@ -114,6 +118,15 @@ class OnCluster:
         except exceptions.RayError as error:
             raise BankError(_LOST.format(error=type(error).__name__)) from error
         return outcome
+
+    def _has_slots(self) -> bool:
+        """Whether any machine takes a task; one that has just come says a little later what it has."""
+        until = time.monotonic() + READY_SECONDS
+        while self._slots() < 1:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        return True
 
     def _slots(self) -> int:
         """How many tasks run at a time; machines come and go."""
