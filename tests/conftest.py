@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import pwd
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -243,3 +245,32 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str
 
     yield point
     S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def load_builder() -> Callable[[], ModuleType]:
+    """``load_builder()``: the module that builds in processes of their own, for tests that stop them; a fresh one."""
+    path = REPOSITORY / "tests" / "integration" / "builder.py"
+
+    def load() -> ModuleType:
+        specification = importlib.util.spec_from_file_location("builder", path)
+        assert specification is not None and specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def empty_bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ``bank.db``, an empty bank of a tiny model for two classes at 32 pixels; to be copied."""
+    import kinprune as kp
+    from kinprune.bank import create_bank
+    from kinprune.units import find_units
+
+    folder = tmp_path_factory.mktemp("empty")
+    backbone = kp.load_backbone("test_resnet", num_classes=2, random=True, image_size=32)
+    space = find_units(backbone.model, backbone.preprocessing.image_size, head=backbone.head)
+    create_bank(folder / "bank.db", backbone, space).close()
+    return folder

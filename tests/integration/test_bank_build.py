@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -21,24 +20,19 @@ import pytest
 import torch
 
 import kinprune as kp
-from kinprune.bank import Bank, clean, create_bank, open_bank, verify
+from kinprune.bank import Bank, clean, open_bank, verify
 from kinprune.bank.claims import claims
 from kinprune.building import BROAD_IMAGES, SOURCE_PLAN, Build, Done, Source, Watch, broaden, build, key_of
 from kinprune.errors import BankError
-from kinprune.units import find_units
 
 BUILDER = Path(__file__).with_name("builder.py")
 CLASSES = ("apple", "pear", "plum", "fig")
 
 
 @pytest.fixture(scope="module")
-def builder() -> ModuleType:
+def builder(load_builder: Callable[[], ModuleType]) -> ModuleType:
     """The module that the other processes run."""
-    specification = importlib.util.spec_from_file_location("builder", BUILDER)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_builder()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,19 +52,9 @@ def images(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., 
 
 
 @pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an empty bank."""
-    folder = tmp_path_factory.mktemp("bank")
-    backbone = kp.load_backbone("test_resnet", num_classes=2, random=True, image_size=32)
-    space = find_units(backbone.model, backbone.preprocessing.image_size, head=backbone.head)
-    create_bank(folder / "bank.db", backbone, space).close()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(empty: Path, images: str, builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+def whole(empty_bank: Path, images: str, builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Bank:
     """A bank whose build nothing stopped."""
-    bank = open_bank(shutil.copytree(empty, tmp_path_factory.mktemp("whole") / "bank") / "bank.db")
+    bank = open_bank(shutil.copytree(empty_bank, tmp_path_factory.mktemp("whole") / "bank") / "bank.db")
     seen: list[tuple[str, int, int, bool]] = []
 
     def tell(done: Done, number: int, of: int) -> None:
@@ -82,9 +66,9 @@ def whole(empty: Path, images: str, builder: ModuleType, tmp_path_factory: pytes
 
 
 @pytest.fixture
-def bank(empty: Path, tmp_path: Path) -> Bank:
+def bank(empty_bank: Path, tmp_path: Path) -> Bank:
     """An empty bank of the same backbone."""
-    return open_bank(shutil.copytree(empty, tmp_path / "bank") / "bank.db")
+    return open_bank(shutil.copytree(empty_bank, tmp_path / "bank") / "bank.db")
 
 
 def assert_same_records(bank: Bank, whole: Bank) -> None:

@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-import kinprune as kp
-from kinprune.bank import Bank, clean, create_bank, open_bank, verify
+from kinprune.bank import Bank, clean, open_bank, verify
 from kinprune.bank.claims import claims
 from kinprune.building import Build, Cluster, Done, Watch, build
 from kinprune.building.cluster import _tasks_on
 from kinprune.errors import BankError
-from kinprune.units import find_units
 
 BUILDER = Path(__file__).with_name("builder.py")
 CLASSES = ("apple", "pear", "plum", "fig")
@@ -57,12 +55,9 @@ def machines() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def builder() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("builder", BUILDER)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    # Long enough for a machine to be lost in the middle.
+def builder(load_builder: Callable[[], ModuleType]) -> ModuleType:
+    """With tasks that last long enough for a machine to be lost in the middle."""
+    module = load_builder()
     module.PLAN = module.longer(STEPS)
     return module
 
@@ -72,24 +67,17 @@ def images(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., 
     return str(make_folder(tmp_path_factory.mktemp("data") / "fruit", CLASSES, 10, 32))
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bank")
-    backbone = kp.load_backbone("test_resnet", num_classes=2, random=True, image_size=32)
-    space = find_units(backbone.model, backbone.preprocessing.image_size, head=backbone.head)
-    create_bank(folder / "bank.db", backbone, space).close()
-    return folder
-
-
 @pytest.fixture
-def bank(empty: Path, tmp_path: Path) -> Bank:
-    return open_bank(shutil.copytree(empty, tmp_path / "bank") / "bank.db")
+def bank(empty_bank: Path, tmp_path: Path) -> Bank:
+    return open_bank(shutil.copytree(empty_bank, tmp_path / "bank") / "bank.db")
 
 
 @pytest.fixture(scope="module")
-def expected(empty: Path, images: str, builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def expected(
+    empty_bank: Path, images: str, builder: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """The hash of every byte of each record's weights, by its key, as this process alone makes them."""
-    bank = open_bank(shutil.copytree(empty, tmp_path_factory.mktemp("whole") / "bank") / "bank.db")
+    bank = open_bank(shutil.copytree(empty_bank, tmp_path_factory.mktemp("whole") / "bank") / "bank.db")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on the cluster: sums over several are other numbers in the last place
     build(bank, builder.sources(images), builder.PLAN)

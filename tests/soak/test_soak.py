@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import subprocess
@@ -21,12 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-import kinprune as kp
-from kinprune.bank import Bank, clean, create_bank, verify
+from kinprune.bank import Bank, clean, create_like, open_bank, verify
 from kinprune.bank.claims import claims
 from kinprune.building import Cluster, Source, Watch, build
 from kinprune.pruning import Plan
-from kinprune.units import find_units
 
 BUILDER = Path(__file__).parents[1] / "integration" / "builder.py"
 CLASSES = tuple(f"fruit{number}" for number in range(30))
@@ -35,12 +32,8 @@ STORE = 80 * 2**20
 
 
 @pytest.fixture(scope="module")
-def builder() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("builder", BUILDER)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def builder(load_builder: Callable[[], ModuleType]) -> ModuleType:
+    return load_builder()
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +42,9 @@ def images(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., 
 
 
 @pytest.fixture
-def make_bank(tmp_path: Path) -> Callable[..., Bank]:
-    backbone = kp.load_backbone("test_resnet", num_classes=2, random=True, image_size=32)
-    space = find_units(backbone.model, backbone.preprocessing.image_size, head=backbone.head)
-    return lambda address, store=None: create_bank(address, backbone, space, store=store)
+def make_bank(empty_bank: Path) -> Callable[..., Bank]:
+    source = open_bank(empty_bank / "bank.db")
+    return lambda address, store=None: create_like(address, source, store=store)
 
 
 @contextmanager
