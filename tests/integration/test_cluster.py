@@ -157,7 +157,7 @@ def test_what_no_machine_has_is_refused(
     assert len(bank) == 0 and claims(bank) == []
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_an_address_without_a_cluster_is_refused_at_once(
     bank: Bank, images: str, builder: ModuleType, address: str
 ) -> None:
