@@ -41,10 +41,12 @@ class Claims:
                 self._held.add(key)
         return answer
 
-    def drop(self, key: str) -> None:
-        """The task is not under way here any more; its record, where one was written, has ended the claim."""
+    def drop(self, key: str, *, done: bool) -> None:
+        """The task is not under way here any more. Where it is done its record has ended the claim, else that is."""
         with self._lock:
             self._held.discard(key)
+        if not done:
+            release(self.bank, [key], self.owner)
 
     def close(self) -> None:
         """Give up what is still claimed. Where the bank cannot be reached, claims run out by themselves."""

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,8 @@ from kinprune.bank.backbone import build_backbone
 from kinprune.building.sources import Place
 from kinprune.building.work import Outcome, Work, do
 from kinprune.errors import BankError
-from kinprune.tasks.task import Labelled
+from kinprune.tasks.packing import pack_source
+from kinprune.tasks.task import Labelled, Task
 
 RETRIES = 5
 """How often a task is begun again whose machine or worker was lost."""
@@ -67,9 +68,11 @@ class Cluster:
 
 
 class OnCluster:
-    """The workers of a cluster; ``images`` are the places that tasks are taken of, packed (see ``pack_source``)."""
+    """The workers of a cluster, which get the images of some tasks, by the place that they were taken of."""
 
-    def __init__(self, cluster: Cluster, bank: Bank, images: Mapping[Place, Labelled]) -> None:
+    def __init__(
+        self, cluster: Cluster, bank: Bank, opened: Mapping[Place, Labelled], tasks: Mapping[Place, Sequence[Task]]
+    ) -> None:
         self.cluster = cluster
         self.ray = _import_ray()
         self.ours = not self.ray.is_initialized()
@@ -84,7 +87,7 @@ class OnCluster:
                 )
             content = np.frombuffer(bank.store.get(bank.header.backbone_weights), dtype=np.uint8)
             self.model = self.ray.put((bank.header, content))
-            self.images = {place: self.ray.put(packed) for place, packed in images.items()}
+            self.images = {place: self.ray.put(pack_source(opened[place], taken)) for place, taken in tasks.items()}
         except BaseException:
             self.close()
             raise

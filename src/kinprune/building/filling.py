@@ -24,7 +24,6 @@ from kinprune.building.work import Outcome, Work, key_of
 from kinprune.errors import BankError, TaskError
 from kinprune.pruning import OnStep, Plan
 from kinprune.tasks import Task
-from kinprune.tasks.packing import pack_source
 from kinprune.tasks.task import Labelled
 
 LOOK = 2.0
@@ -138,7 +137,7 @@ def _crew(
         taken: dict[Place, list[Task]] = {}
         for work, task in todo.items():
             taken.setdefault(work.source.place, []).append(task)
-        return OnCluster(cluster, bank, {place: pack_source(opened[place], tasks) for place, tasks in taken.items()})
+        return OnCluster(cluster, bank, opened, taken)
     count = min(workers, len(todo))
     return Processes(bank, count) if count > 1 else Alone(bank, opened, watch.on_step)
 
@@ -162,7 +161,7 @@ class _Run:
                 if self.under_way:
                     for work, outcome in crew.finished(LOOK):
                         self._finish(work, outcome)
-                        claims.drop(work.key)
+                        claims.drop(work.key, done=not isinstance(outcome, TaskError))
                 elif self.elsewhere:
                     if self.watch.on_wait is not None:
                         self.watch.on_wait(len(self.elsewhere))

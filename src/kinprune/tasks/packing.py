@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinprune.errors import TaskError
-from kinprune.progress import track
 from kinprune.tasks.pixels import encoded
 from kinprune.tasks.task import Items, Labelled, Payload, Pool, Reader, Task
 
@@ -82,8 +81,7 @@ def _pack_pool(pool: Pool, wanted: set[str], taken: Iterable[Items]) -> Pool:
 def _pack(reader: Reader, rows: NDArray[np.int64], read: NDArray[np.int64]) -> PackedReader:
     """The images ``rows[read]`` of a reader, and the names of all its ``rows``."""
     files: list[bytes] = [b""] * len(rows)
-    images = reader.read(rows[read].tolist())
-    for position, payload in track(images, "reading images for the cluster", total=len(read)):
+    for position, payload in reader.read(rows[read].tolist()):
         place = int(read[position])
         files[place] = encoded(payload, reader.where(int(rows[place])))
     numbers = [int(row) for row in rows]

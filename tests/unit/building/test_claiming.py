@@ -41,11 +41,19 @@ def test_claims_are_prolonged_until_they_are_given_up(bank: Bank) -> None:
 def test_a_task_that_is_done_is_not_prolonged(bank: Bank) -> None:
     mine = Claims(bank, lease=0.4)
     mine.take(KEY)
-    mine.drop(KEY)
+    mine.drop(KEY, done=True)
     deadline = time.monotonic() + 20
     while claims(bank) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert claims(bank) == []
+    mine.close()
+
+
+def test_a_task_that_failed_is_free_at_once(bank: Bank) -> None:
+    mine = Claims(bank)
+    assert mine.take(KEY) == mine.take(OTHER) == "yes"
+    mine.drop(KEY, done=False)
+    assert [entry.key for entry in claims(bank)] == [OTHER]
     mine.close()
 
 
