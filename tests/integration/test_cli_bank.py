@@ -475,6 +475,11 @@ REFUSED = [
     ("workers with Ray", "bank build {fruit} --bank {bank} --ray local --workers 2", ["leave out --workers"]),
     ("a GPU with Ray", "bank build {fruit} --bank {bank} --ray local --device cuda", ["give --task-gpus 1"]),
     ("Ray nowhere", "bank build {fruit} --bank {bank} --ray nowhere", ["expected local, auto", "HOST:PORT"]),
+    (
+        "no cluster for a new bank",
+        f"bank build {{fruit}} --bank {{new}} {MODEL} --ray 127.0.0.1:1",
+        ["no Ray cluster can be used at 127.0.0.1:1", "ray start --head"],
+    ),
     ("a share above one", "bank build {fruit} --bank {bank} --ray auto --task-gpus 1.5", ["whole ones"]),
     ("show no record", "bank show {bank} 99", ["no record 99"]),
     ("show no number", "bank show {bank} first", ["'first'", "at least 1"]),

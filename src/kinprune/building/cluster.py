@@ -73,6 +73,7 @@ class OnCluster:
     def __init__(
         self, cluster: Cluster, bank: Bank, opened: Mapping[Place, Labelled], tasks: Mapping[Place, Sequence[Task]]
     ) -> None:
+        check_reachable(cluster)
         self.cluster = cluster
         self.ray = _import_ray()
         self.ours = not self.ray.is_initialized()
@@ -155,23 +156,36 @@ def _import_ray() -> Any:
     return ray
 
 
+def check_reachable(cluster: Cluster) -> None:
+    """Refuse, before any work, a cluster that cannot be there; BankError where Ray is missing or nothing answers."""
+    _import_ray()
+    where = _socket(cluster.address)
+    if where is None:
+        return
+    try:
+        with socket.create_connection(where, ANSWER_SECONDS):  # Ray itself would try for minutes
+            return
+    except OSError as error:
+        raise _no_cluster(cluster.address, error) from error
+
+
 def _connect(ray: Any, address: str) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options |= {"num_cpus": cores, "include_dashboard": False}
     try:
-        where = _socket(address)
-        if where is not None:
-            with socket.create_connection(where, ANSWER_SECONDS):  # Ray itself would try for minutes
-                pass
         ray.init(address=address, **options)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise BankError(
-            f"no Ray cluster can be used at {address} ({first}): start one with 'ray start --head', on the other "
-            f"machines 'ray start --address=HOST:6379'; {_EXPECTED}"
-        ) from error
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> BankError:
+    first = str(error).strip().partition("\n")[0]
+    return BankError(
+        f"no Ray cluster can be used at {address} ({first}): start one with 'ray start --head', on the other machines "
+        f"'ray start --address=HOST:6379'; {_EXPECTED}"
+    )
 
 
 def _socket(address: str) -> tuple[str, int] | None:

@@ -308,9 +308,11 @@ def cluster_of(
         raise BankError("--ray decides how many tasks run at a time: leave out --workers and --threads")
     if device not in ("cpu", "cuda") or (device == "cuda" and gpus is None):
         raise BankError(f"--ray with --device {device}: give --task-gpus 1 (or a part of one) to compute on GPUs")
-    from kinprune.building import Cluster
+    from kinprune.building.cluster import Cluster, check_reachable
 
-    return Cluster(address, cpus or 1, gpus or 0.0), "cuda" if gpus else "cpu"
+    cluster = Cluster(address, cpus or 1, gpus or 0.0)
+    check_reachable(cluster)  # before a new bank is made
+    return cluster, "cuda" if gpus else "cpu"
 
 
 def plan_of(*, seed: int, stream: bool, flip: bool, **given: Any) -> Plan:
