@@ -90,8 +90,10 @@ class Processes:
 
     def finished(self, seconds: float) -> list[tuple[Work, Outcome]]:
         done = wait(self.under_way, seconds, FIRST_COMPLETED).done
+        # What was done comes first: a worker that was lost beside it is told the next time.
+        whole = [future for future in done if future.exception() is None] or done
         try:
-            return [(self.under_way.pop(future), future.result()) for future in done]
+            return [(self.under_way.pop(future), future.result()) for future in whole]
         except BrokenProcessPool as error:
             raise BankError(LOST) from error
 
