@@ -14,7 +14,7 @@ from kinprune.bank import schema
 from kinprune.bank.record import Entry
 from kinprune.bank.retrying import retried
 from kinprune.bank.rows import altered, entry_of
-from kinprune.bank.storage import Bank
+from kinprune.bank.storage import Bank, parts
 from kinprune.errors import BankError
 
 PAGE = 1024
@@ -39,6 +39,21 @@ def numbered_keys(bank: Bank) -> Iterator[tuple[int, str]]:
     while rows := _rows(bank, query.where(schema.record.c.key > last)):
         yield from ((int(row.id), str(row.key)) for row in rows)
         last = rows[-1].key
+
+
+def pages(bank: Bank) -> Iterator[dict[int, str]]:
+    """The id and key of every record, by id, some at a time; those too that come meanwhile."""
+    last = 0
+    query = select(schema.record.c.id, schema.record.c.key).order_by(schema.record.c.id).limit(PAGE)
+    while rows := _rows(bank, query.where(schema.record.c.id > last)):
+        yield {int(row.id): str(row.key) for row in rows}
+        last = rows[-1].id
+
+
+def known(bank: Bank, keys: Sequence[str]) -> set[str]:
+    """Those of some keys that a bank has."""
+    query = select(schema.record.c.key)
+    return {str(row.key) for part in parts(keys) for row in _rows(bank, query.where(schema.record.c.key.in_(part)))}
 
 
 def draw(bank: Bank, count: int, seed: int, without: Collection[str] = ()) -> list[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from sqlalchemy import select
 
 from kinprune.bank import schema
+from kinprune.bank.listing import known, pages
 from kinprune.bank.record import Header, check_backbone
 from kinprune.bank.retrying import retried
 from kinprune.bank.rows import Rows, altered, entry_of, probe_of, units_of
@@ -26,16 +26,17 @@ def merge(target: Bank, source: Bank, on_record: Callable[[int, int], None] | No
             source is damaged (those before it are copied).
     """
     check_same(target.header, source.header)
-    listed = _listed(source)
-    have = target.keys()
-    added = 0
-    for done, row in enumerate(listed, start=1):
-        if row.key not in have:
-            rows = _rows(source, row.id)
-            added += write_rows(target, rows, source.store.get(rows.record["weights"]))
-        if on_record is not None:
-            on_record(done, len(listed))
-    return added, len(listed) - added
+    count, added, done = len(source), 0, 0
+    for page in pages(source):
+        have = known(target, list(page.values()))
+        for number, key in page.items():
+            done += 1
+            if key not in have:
+                rows = _rows(source, number)
+                added += write_rows(target, rows, source.store.get(rows.record["weights"]))
+            if on_record is not None:
+                on_record(done, max(count, done))  # a record may have come while others were copied
+    return added, done - added
 
 
 def check_same(target: Header, source: Header) -> None:
@@ -56,13 +57,6 @@ def check_same(target: Header, source: Header) -> None:
                 f"the source's {what} is {its}, the target's {ours}: merge banks made by versions of Kinprune that "
                 "find the same units"
             )
-
-
-@retried
-def _listed(source: Bank) -> Sequence[Any]:
-    columns = select(schema.record.c.id, schema.record.c.key).order_by(schema.record.c.id)
-    with schema.reading(source.engine) as connection:
-        return connection.execute(columns).all()
 
 
 @retried

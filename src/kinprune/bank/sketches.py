@@ -3,8 +3,8 @@
 Logits ``W f + b`` are told, but for a constant and a small error, from 64 numbers a class: ``(W - mean W) B`` times
 ``A' (f - m)``, where ``m`` is the mean of class means, and A and B keep the directions in which probes and features
 both vary most. A sketch is of some thousand records with following numbers, is told by them alone, and never changes;
-what is newer than the last sketch is read as it is. Sketches lie beside a bank's file, can be deleted at any time, and
-are made while a bank is read.
+what is newer than the last sketch is read as it is. Sketches lie beside a bank's file, or else in the user's cache, can
+be deleted at any time, and are made while a bank is read.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def likely_probes(bank: Bank, target: Target, measure: str, without: Collection[
     Raises:
         BankError: a record that is read is damaged.
     """
-    place = sketch_folder(bank)
-    if place is None or measure not in MEASURES:
+    if measure not in MEASURES:
         yield from bank.probes()
         return
+    place = sketch_folder(bank)
     last, hidden = 0, np.array(_marks(without), dtype=np.uint64)
     for sketch in _stored(place):
         found = _chosen(bank, sketch.likely(target, hidden))
@@ -78,14 +78,18 @@ def likely_probes(bank: Bank, target: Target, measure: str, without: Collection[
     yield from _drawing(bank, place, last)
 
 
-def sketch_folder(bank: Bank) -> Path | None:
-    """Where a bank's sketches are: beside its file. None where it is in a server's database, or cannot be written."""
+def sketch_folder(bank: Bank) -> Path:
+    """Where a bank's sketches are: beside its file; in the user's cache where it is on a server, or read-only."""
     url = bank.engine.url
-    if url.get_backend_name() != "sqlite" or url.query or not url.database:
-        return None
-    path = Path(url.database)
-    folder = path.with_name(f"{path.name}.sketches")
-    return folder if folder.is_dir() or os.access(path.resolve().parent, os.W_OK) else None
+    if url.get_backend_name() == "sqlite" and not url.query and url.database:
+        path = Path(url.database)
+        folder = path.with_name(f"{path.name}.sketches")
+        if folder.is_dir() or os.access(path.resolve().parent, os.W_OK):
+            return folder
+    from platformdirs import user_cache_path
+
+    name = hashlib.blake2b(f"{schema.shown(url)}\n{bank.store.url}".encode(), digest_size=16).hexdigest()
+    return user_cache_path("kinprune") / "sketches" / name
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +288,7 @@ def _write(place: Path, sketch: Sketch) -> None:
     name = f"{sketch.after:020d}-{sketch.last:020d}-{hashlib.sha256(content).hexdigest()}.safetensors"
     partial = place / f"{name}.{secrets.token_hex(4)}.tmp"
     try:
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         partial.replace(place / name)
     except OSError:

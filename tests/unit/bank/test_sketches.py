@@ -200,13 +200,41 @@ def test_a_small_bank_has_none(sqlite_bank: Bank, make_record: Make) -> None:
     assert len(found(sqlite_bank)) == 1 and files(sqlite_bank) == []
 
 
-def test_a_servers_bank_has_no_folder(
-    make_database: Callable[[], str], backbone: object, space: object, tmp_path: Path
+def test_a_servers_bank_has_them_in_the_users_cache(
+    make_database: Callable[[], str],
+    make_record: Make,
+    backbone: object,
+    space: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from kinprune.bank import create_bank
 
-    bank = create_bank(make_database(), backbone, space, store=str(tmp_path / "weights"))  # type: ignore[arg-type]
-    assert sketch_folder(bank) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    banks = [
+        create_bank(make_database(), backbone, space, store=str(tmp_path / f"weights{number}"))  # type: ignore[arg-type]
+        for number in range(2)
+    ]
+    for seed, bank in enumerate(banks):
+        write(bank, make_record(0), RECORDS, seed=seed)
+    first = [found(bank) for bank in banks]
+    folders = [sketch_folder(bank) for bank in banks]
+    assert {folder.parent for folder in folders} == {tmp_path / "cache" / "kinprune" / "sketches"}
+    assert [len(list(folder.iterdir())) for folder in folders] == [2, 2] and folders[0] != folders[1]
+    counts = read(banks[0], monkeypatch)
+    assert found(banks[0]) == first[0]
+    assert sum(counts) == 2 * 21 + RECORDS - 2048
+    assert found(banks[1]) == first[1]
+
+
+def test_a_bank_in_a_folder_that_cannot_be_written_has_them_there_too(
+    bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sketches.os, "access", lambda *_: False)  # root may write everywhere
+    expected = found(bank)
+    assert files(bank) == [] and len(list(sketch_folder(bank).iterdir())) == 2
+    assert found(bank) == expected
 
 
 def test_few_numbers_tell_the_likely_where_features_are_many() -> None:
