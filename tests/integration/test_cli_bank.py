@@ -198,6 +198,10 @@ def test_a_build_makes_one_broad_task_of_each_source_too(
     assert (other["added"], other["present"]) == (1, 2)
     none = one_object(run(kinprune, f"{command} --broad-steps 0 --json", **folders))
     assert (none["added"], none["present"]) == (0, 2)
+    alone = one_object(run(kinprune, f"{command} --tasks 0 --json", **folders))
+    assert (alone["added"], alone["present"]) == (0, 1)
+    refused = run(kinprune, f"{command} --tasks 0 --broad-steps 0", **folders)
+    assert refused.exit_code == 2 and "nothing would be built" in refused.stderr
     refused = run(kinprune, f"bank build {{fruit}} --bank {{bank}} {MODEL} --whole --broad-steps 5", **folders)
     assert refused.exit_code == 2 and "leave out --tasks, --classes and --broad-steps" in refused.stderr
 
@@ -422,7 +426,8 @@ REFUSED = [
     ("too many tasks", f"{NEW} --tasks 4", ["3 classes", "no 4 different tasks of 2"]),
     ("too many classes", f"{NEW} --classes 4", ["no 2 different tasks of 4"]),
     ("one class a task", f"{NEW} --classes 1", ["'--classes'", "at least 2"]),
-    ("no tasks", f"{NEW} --tasks 0", ["'--tasks'", "at least 1"]),
+    ("no tasks", f"{NEW} --tasks 0 --broad-steps 0", ["nothing would be built"]),
+    ("less than none", f"{NEW} --tasks -1", ["'--tasks'", "at least 0"]),
     ("whole and tasks", f"{NEW} --whole", ["--whole", "leave out --tasks, --classes"]),
     ("columns of a folder", f"{NEW} --label-column x", ["has no columns"]),
     ("no shots", f"{NEW} --shots 0", ["'--shots'", "at least 1"]),

@@ -104,12 +104,17 @@ def build_command(
         [Source(text, None, shots, test_fraction, image_column, label_column) for text in data],
         shared.chosen_classes(leave_out) or [],
     )
-    sources, few = read, classes or own.CLASSES
+    sources, few, drawn = read, classes or own.CLASSES, own.TASKS if tasks is None else tasks
     if not whole:
         long = BROAD_TIMES * plan.recipe.steps if broad_steps is None else broad_steps
         sources = broaden(read, few, long) if broad_steps != 0 else []
-        sources += sample_sources(read, tasks or own.TASKS, few, seed=seed)
-    opened, plan = _open(place, found, sources, plan)
+        sources += sample_sources(read, drawn, few, seed=seed) if drawn else []
+    if not sources:
+        raise TaskError(
+            "--tasks is 0 and there is no broad task (it has more classes than --classes, and --broad-steps above 0): "
+            "nothing would be built; ask for a task"
+        )
+    opened, plan = _open(place, found, len(sources[-1].classes or ()) if whole else few, plan)
     return _report(_build(opened, sources, plan, _Workers(workers, device, cluster)), json)
 
 
@@ -180,7 +185,7 @@ def add_command(
     chosen = shared.chosen_classes(classes)
     named = None if chosen is None else tuple(chosen)
     sources = _read([Source(data, named, shots, test_fraction, image_column, label_column)], [])
-    opened, plan = _open(place, found, sources, plan)
+    opened, plan = _open(place, found, len(sources[-1].classes or ()), plan)
     return _report(_build(opened, sources, plan, _Workers(1, device, None)), json)
 
 
@@ -288,14 +293,16 @@ def _read(sources: Sequence[Source], left_out: Sequence[str]) -> list[Source]:
     return [replace(source, classes=names) for source, names in zip(sources, chosen, strict=True)]
 
 
-def _open(place: _Place, found: Bank | None, sources: Sequence[Source], plan: Plan) -> tuple[Bank, Plan]:
-    """The bank, made if need be, and the plan on its unit space; refuses other models, and budgets out of reach."""
+def _open(place: _Place, found: Bank | None, classes: int, plan: Plan) -> tuple[Bank, Plan]:
+    """The bank, made if need be, and the plan on its unit space; refuses other models, and budgets out of reach.
+
+    How a random model begins depends on its number of ``classes``.
+    """
     from kinprune.backbones import load_backbone
     from kinprune.bank import check_backbone, check_space, create_bank
     from kinprune.bank.backbone import load_bank_backbone
     from kinprune.pruning import unit_space
 
-    classes = len(sources[-1].classes or ())  # a drawn one: how a random model begins depends on its classes
     if found is not None and place.model is None:
         backbone = load_bank_backbone(found, classes)
     else:
