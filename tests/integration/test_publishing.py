@@ -125,6 +125,10 @@ def test_ctrl_c_while_saving_leaves_whole_files_and_says_so(
 
     words = ("adapt", family.data, "--bank", family.bank, "--sizes", "0.6,0.3", "--steps", "0", "--no-onnx")
     with monkeypatch.context() as patch:
+        patch.setattr("kinprune.publishing.save", interrupt)
+        result = kinprune(*words, "--out", tmp_path / "out")
+    assert result.exit_code == 130 and "no model was written yet" in " ".join(result.stderr.split())
+    with monkeypatch.context() as patch:
         patch.setattr("kinprune.publishing.write_report", interrupt)
         result = kinprune(*words, "--out", tmp_path / "out")
     assert result.exit_code == 130 and "is whole, --overwrite completes it" in " ".join(result.stderr.split())

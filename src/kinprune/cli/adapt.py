@@ -140,7 +140,7 @@ def adapt_command(
     decoded = decode(task, backbone.preprocessing, progress=True, threads=threads)
     with stage_bar() as on_step:
         adapted = adapt(decoded, opened, goals, plan, backbone=backbone, space=space, device=device, on_step=on_step)
-        with _saying_what_is_there(out):
+        with _saying_what_is_there(out, destination.folders):
             published = publish(
                 adapted,
                 decoded,
@@ -172,11 +172,13 @@ def _samples(bank: Bank, sources: Sequence[Task], preprocessing: Preprocessing) 
 
 
 @contextmanager
-def _saying_what_is_there(out: Path) -> Iterator[None]:
+def _saying_what_is_there(out: Path, folders: Sequence[Path]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        say(f"kinprune: interrupted while saving; what is in {out} is whole, --overwrite completes it")
+        whole = f"what is in {out} is whole, --overwrite completes it"
+        there = whole if any(folder.exists() for folder in folders) else "no model was written yet"
+        say(f"kinprune: interrupted while saving; {there}")
         raise typer.Exit(130) from interrupt
 
 
