@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.study.statistics import (
     Row,
     accuracies,
     at_home,
+    at_sizes,
     difference,
     of_stage,
     rank_correlation,
@@ -35,8 +37,10 @@ ROOT = Path(__file__).parents[2]
 NAMES = {"vit": "ViT-tiny", "mobile": "MobileNetV2", "cnn-cifar": "ResNet-18"}
 """The protocols of the page, and what their figures call them."""
 UNSEEN = {"vit-unseen": "ViT-tiny", "mobile-unseen": "MobileNetV2", "cnn-unseen": "ResNet-18"}
-SIZED = {"vit-broad": "ViT-tiny", "mobile-broad": "MobileNetV2", "cnn-broad": "ResNet-18"}
-"""Protocols of several keep ratios, with banks of a broad task and a few narrow ones."""
+SHARED = {"vit-all-classes": "ViT-tiny", "mobile-all-classes": "MobileNetV2", "cnn-all-classes": "ResNet-18"}
+"""Protocols of tasks that share classes with the bank's."""
+SIZED = {"vit-broad": "ViT-tiny", "mobile-broad": "MobileNetV2", "cnn-cifar": "ResNet-18"}
+"""Protocols of several keep ratios."""
 PARTS = {
     "kin's units, backbone's weights": "kin",
     "own units, kin's weights": "kin",
@@ -52,17 +56,32 @@ BLOCK = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = Mapping[str, Sequence[Row]]
 
 
-def tables(rows: Rows, unseen: Rows, costs: Mapping[str, Costs], sized: Rows) -> dict[str, Callable[[], str]]:
+@dataclass(frozen=True)
+class Results:
+    """The rows of the page's protocols that have any, by protocol: at home, on ``unseen`` data sets, on tasks that have
+    classes ``shared`` with the bank's, and ``sized`` at several keep ratios; and what the banks cost.
+    """
+
+    rows: Rows
+    unseen: Rows
+    shared: Rows
+    sized: Rows
+    costs: Mapping[str, Costs]
+
+
+def tables(results: Results) -> dict[str, Callable[[], str]]:
     """Every table that a page may name."""
+    rows = results.rows
     found: dict[str, Callable[[], str]] = {
         "steps": lambda: _steps(rows),
-        "sizes": lambda: _sizes(sized),
+        "sizes": lambda: _sizes(results.sized),
         "shots": lambda: _varied(rows, "shots", 0),
         "sources": lambda: _varied(rows, "sources", 0),
         "similarity": lambda: _similarity(rows),
         "parts": lambda: _parts(rows),
-        "unseen": lambda: _unseen(unseen),
-        "costs": lambda: _costs(costs),
+        "unseen": lambda: _unseen(results.unseen),
+        "shared": lambda: _shared(results.shared),
+        "costs": lambda: _costs(results.costs),
     }
     for name, one in rows.items():
         for stage in ("test", "validation"):
@@ -82,30 +101,32 @@ def fill(page: str, known: Mapping[str, Callable[[], str]]) -> str:
     return BLOCK.sub(written, page)
 
 
-def read_results(results: Path) -> tuple[Rows, Rows, dict[str, Costs], Rows]:
-    """The rows of each protocol of the page that has any, those on unseen data sets, the protocols' costs, and the
-    rows at several sizes.
-    """
-    rows = {name: found for name in NAMES if (found := read_rows(results / f"{name}.jsonl"))}
-    unseen = {name: found for name in UNSEEN if (found := read_rows(results / f"{name}.jsonl"))}
+def read_results(results: Path) -> Results:
+    """What there is."""
+
+    def read(names: Mapping[str, str]) -> Rows:
+        return {name: found for name in names if (found := read_rows(results / f"{name}.jsonl"))}
+
+    rows = read(NAMES)
     costs = {name: costs_of(results / f"{name}.bank.json", one) for name, one in rows.items()}
-    sized = {name: found for name in SIZED if (found := read_rows(results / f"{name}.jsonl"))}
-    return rows, unseen, {name: one for name, one in costs.items() if one is not None}, sized
+    known = {name: one for name, one in costs.items() if one is not None}
+    sized = {name: some for name, one in read(SIZED).items() if (some := at_sizes(of_stage(one, "test")))}
+    return Results(rows, read(UNSEEN), read(SHARED), sized, known)
 
 
-def draw(rows: Rows, costs: Mapping[str, Costs], sized: Rows, folder: Path) -> None:
+def draw(results: Results, folder: Path) -> None:
     """All figures of the page."""
     from benchmarks.study import figures
 
-    named = {NAMES[name]: one for name, one in rows.items()}
+    named = {NAMES[name]: one for name, one in results.rows.items()}
     figures.draw_leads(named, folder / "evidence-leads.svg")
     figures.draw_steps(named, folder / "evidence-steps.svg")
-    small = {SIZED[name]: one for name, one in sized.items()}
+    small = {SIZED[name]: one for name, one in results.sized.items()}
     figures.draw_varied(small, folder / "evidence-sizes.svg", "keep", (DEFAULT, "taylor"), 15, "share of units kept")
     figures.draw_varied(named, folder / "evidence-shots.svg", "shots", (DEFAULT, "taylor"), 0, "images a class")
     figures.draw_varied(named, folder / "evidence-sources.svg", "sources", ("kin",), 0, "narrow source tasks")
-    if costs:
-        figures.draw_costs({NAMES[name]: one for name, one in costs.items()}, folder / "evidence-costs.svg")
+    if results.costs:
+        figures.draw_costs({NAMES[name]: one for name, one in results.costs.items()}, folder / "evidence-costs.svg")
 
 
 def _steps(rows: Rows) -> str:
@@ -141,7 +162,7 @@ def _sizes(rows: Rows) -> str:
     lines = []
     for name, one in rows.items():
         for keep in sorted({row["keep"] for row in one}, reverse=True):
-            here = [row for row in of_stage(one, "test") if row["keep"] == keep]
+            here = [row for row in one if row["keep"] == keep]
             for steps in (0, 15):
                 ours, other = (accuracies(here, method, steps) for method in (DEFAULT, "taylor"))
                 lead = difference(ours, other)
@@ -194,6 +215,21 @@ def _unseen(rows: Rows) -> str:
     return markdown(["backbone", "data", "method", "tasks", "0 steps", "15 steps", "60 steps"], lines)
 
 
+def _shared(rows: Rows) -> str:
+    """Methods on tasks whose classes the bank may have seen, with the default's lead."""
+    lines = []
+    for name, one in rows.items():
+        tested = of_stage(one, "test")
+        for method in dict.fromkeys(row["method"] for row in tested):
+            found = {steps: accuracies(tested, method, steps) for steps in (0, 15, 60)}
+            cells = [SHARED[name], method, str(len(found[0]))]
+            for steps, values in found.items():
+                lead = difference(accuracies(tested, DEFAULT, steps), values) if method != DEFAULT else None
+                cells += [_percent(values), str(lead or "")]
+            lines.append(cells)
+    return markdown(["backbone", "method", "tasks", *(w for n in (0, 15, 60) for w in (f"{n} steps", "lead"))], lines)
+
+
 def _costs(costs: Mapping[str, Costs]) -> str:
     lines = []
     for name, one in costs.items():
@@ -217,17 +253,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args(arguments)
-    rows, unseen, costs, sized = read_results(options.results)
-    if not rows:
+    results = read_results(options.results)
+    if not results.rows:
         print(f"evidence: {options.results} has no rows, expected those of python -m benchmarks.study", file=sys.stderr)
         return 2
     try:
-        options.page.write_text(fill(options.page.read_text(), tables(rows, unseen, costs, sized)))
+        options.page.write_text(fill(options.page.read_text(), tables(results)))
     except (OSError, ValueError) as error:
         print(f"evidence: {error}", file=sys.stderr)
         return 2
-    draw(rows, costs, sized, options.figures)
-    print(json.dumps({"page": str(options.page), "protocols": {name: len(one) for name, one in rows.items()}}))
+    draw(results, options.figures)
+    protocols = {name: len(one) for name, one in results.rows.items()}
+    print(json.dumps({"page": str(options.page), "protocols": protocols}))
     return 0
 
 

@@ -17,7 +17,8 @@ from kinprune.adaptation import adapt
 from kinprune.bank import Bank
 from kinprune.evaluation import lay_out
 from kinprune.kin import Search
-from kinprune.pruning import prune, repair
+from kinprune.pruning import prune
+from kinprune.repair import repair
 from kinprune.training import Recipe
 from kinprune.units import Mask, extract
 

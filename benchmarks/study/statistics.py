@@ -62,6 +62,15 @@ def at_home(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["keep"] == 0.1 and not row["shots"] and not row["sources"]]
 
 
+def at_sizes(rows: Sequence[Row]) -> list[Row]:
+    """The rows at any share of the units, all else as ``at_home``, of the tasks that were run at several."""
+    plain = [row for row in rows if not row["shots"] and not row["sources"]]
+    ratios: dict[tuple[Any, ...], set[float]] = {}
+    for row in plain:
+        ratios.setdefault(tuple(row["classes"]), set()).add(row["keep"])
+    return [row for row in plain if len(ratios[tuple(row["classes"])]) > 1]
+
+
 def steps_to(rows: Sequence[Row], method: str, share: float = 0.99) -> int | None:
     """After how few steps a method has ``share`` of its mean accuracy after 60; None where one is not known."""
     means = {steps: accuracies(rows, method, steps) for steps in (0, 15, 60)}

@@ -9,33 +9,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 from torch import nn
 
 from kinprune.adapt_plan import AdaptPlan, Inheritance
+from kinprune.admission import check_goals, check_task, check_training_memory
 from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Lessons, check_space, open_bank
 from kinprune.bank.backbone import bank_space, load_bank_backbone
 from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
-from kinprune.devices.goal import Goal, plain_goal, reachable_goals
+from kinprune.devices.goal import Goal
 from kinprune.devices.settling import settle, time_model, timed_here
 from kinprune.election import Electorate, Trial, elect, pick
-from kinprune.errors import BankError, BudgetError, TrainingError
+from kinprune.errors import BudgetError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
 from kinprune.importance import Scores, draw_batches, normalise, score
 from kinprune.inheritance import Donor, inherit
 from kinprune.kin import Neighbour, find_kin, rank_exactly
-from kinprune.pruning import OnStep, repair
-from kinprune.quantities import byte_count
-from kinprune.selection import Budget, Selection, select
+from kinprune.pruning import OnStep
+from kinprune.repair import repair
+from kinprune.selection import Budget, Selection
 from kinprune.tasks import DecodedTask, Split
-from kinprune.training import TrainingResult, fine_tune, hold_back, least_limit
+from kinprune.training import TrainingResult, fine_tune, hold_back
 from kinprune.transferability import Target
 from kinprune.units import Costs, Mask, UnitSpace, extract
 from kinprune.voting import Ballot, neighbour_weights
-
-NEARLY = 0.9
-"""The share of what the least fine-tuning is foretold to take, by units of no merit, below which a limit is refused."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,38 +136,6 @@ def adapt(
         dense,
         work.seconds,
     )
-
-
-def check_goals(space: UnitSpace, budgets: Sequence[Budget | Goal], plan: AdaptPlan) -> list[Goal]:
-    """The goals of budgets, without alternatives that cannot be reached.
-
-    Raises BudgetError where none can, before any work: whether one can does not depend on scores.
-    """
-    goals = [
-        one if isinstance(one, Goal) else plain_goal(one, space, multiple=plan.multiple, wish=place)
-        for place, one in enumerate(budgets)
-    ]
-    return reachable_goals(space, goals)
-
-
-def check_training_memory(backbone: Backbone, space: UnitSpace, goals: Sequence[Goal], plan: AdaptPlan) -> None:
-    """Refuse a limit of memory far below what fine-tuning can do with, before any work: units of no merit tell nearly.
-
-    What is near the limit, ``fine_tune`` decides on the model itself. Raises TrainingError.
-    """
-    if plan.train_memory is None or plan.recipe.steps == 0:
-        return
-    for goal in goals:
-        mask = select(space, np.zeros(len(space)), goal.budget, multiple=goal.multiple, costs=goal.costs).mask
-        small = extract(backbone.model, space, mask)
-        teacher = backbone.model if plan.distil else None
-        least = least_limit(small, teacher, backbone.preprocessing, plan.recipe)
-        if plan.train_memory < NEARLY * least:
-            raise TrainingError(
-                f"fine-tuning cannot stay below {byte_count(plan.train_memory)} of memory: even one image at a time, "
-                f"with the last layer alone trained, takes about {byte_count(least)}; expected a limit of at least "
-                "that: raise the limit, ask for a smaller model, or for no steps"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,7 +375,7 @@ def _begin(
     if backbone is None:
         with _timed(seconds, "load", "backbone", on_step):
             backbone = load_bank_backbone(bank, len(task.classes), seed=plan.recipe.seed)
-    _check_task(task, bank, backbone)
+    check_task(task, bank, backbone)
     if space is None:
         with _timed(seconds, "units", "units", on_step):
             space = bank_space(bank, backbone)
@@ -427,19 +392,6 @@ def _begin(
     target = Target(features.float().numpy(), fit.labels.numpy(), len(task.classes))
     work = _Work(task, bank, plan, backbone, space, device, on_step, fit, guard, dense, target, probe, seconds)
     return work, goals
-
-
-def _check_task(task: DecodedTask, bank: Bank, backbone: Backbone) -> None:
-    if backbone.spec.num_classes != len(task.classes):
-        raise BankError(
-            f"the backbone answers {backbone.spec.num_classes} classes, the task {task.name} has {len(task.classes)}: "
-            f"load it with num_classes={len(task.classes)}"
-        )
-    if task.preprocessing != bank.header.preprocessing:
-        raise BankError(
-            f"the task was decoded for {task.preprocessing}, the bank's backbone takes {bank.header.preprocessing}: "
-            "decode it with the bank's preprocessing"
-        )
 
 
 @contextmanager

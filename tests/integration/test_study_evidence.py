@@ -57,6 +57,9 @@ def results(tmp_path: Path) -> Path:
         for method, accuracy in (("smsp", 0.8), ("taylor", 0.77))
     ]
     (folder / "vit-broad.jsonl").write_text("".join(json.dumps(one) + "\n" for one in sized))
+    shared = [row(task, "smsp", {"0": 0.9, "15": 0.9, "60": 0.9}, protocol="vit-all-classes") for task in TASKS]
+    shared += [row(task, "taylor", {"0": 0.8, "15": 0.85}, protocol="vit-all-classes") for task in TASKS]
+    (folder / "vit-all-classes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in shared))
     told = {"records": 11, "broad_records": 1, "narrow_seconds": 900.0, "broad_seconds": 300.0}
     (folder / "vit.bank.json").write_text(json.dumps(told))
     return folder
@@ -72,7 +75,7 @@ def test_tables_and_figures_are_written_from_the_rows(
     from benchmarks.study.evidence import main
 
     page, figures = tmp_path / "page.md", tmp_path / "figures"
-    names = ("test vit", "steps", "sizes", "shots", "sources", "similarity", "parts", "unseen", "costs")
+    names = ("test vit", "steps", "sizes", "shots", "sources", "similarity", "parts", "unseen", "shared", "costs")
     page.write_text(page_of(*names))
     words = ["--results", str(results), "--page", str(page), "--figures", str(figures)]
     assert main(words) == 0
@@ -88,6 +91,7 @@ def test_tables_and_figures_are_written_from_the_rows(
         "| ViT-tiny | 6 | 1.00 | +2.0 (+2.0 to +2.0) | +5.0 (+5.0 to +5.0) | -1.0 (-1.0 to -1.0) |",
         "| ViT-tiny | kin | taylor | 6 | 65.0% | 71.0% | +6.0 (+6.0 to +6.0) |",
         "| ViT-tiny | trash | smsp | 2 | 50.0% | 60.0% | 70.0% |",
+        "| ViT-tiny | taylor | 6 | 80.0% | +10.0 (+10.0 to +10.0) | 85.0% | +5.0 (+5.0 to +5.0) |  |  |",
         "| ViT-tiny | scratch, ten times the steps | 0.33 | 0.08 | 30 | 130 | 12 tasks | 3 tasks |",
         "| ViT-tiny | taylor | 0.33 | 0.08 | 30 | 30 | never | never |",
     ):
@@ -114,8 +118,8 @@ def test_the_page_of_evidence_is_what_its_rows_give() -> None:
     from benchmarks.study.evidence import fill, read_results, tables
 
     page = (ROOT / "docs" / "evidence.md").read_text()
-    rows, unseen, costs, sized = read_results(ROOT / "benchmarks" / "results" / "study")
-    assert fill(page, tables(rows, unseen, costs, sized)) == page, "run: python -m benchmarks.study.evidence"
+    results = read_results(ROOT / "benchmarks" / "results" / "study")
+    assert fill(page, tables(results)) == page, "run: python -m benchmarks.study.evidence"
 
 
 def test_a_bank_pays_where_it_saves() -> None:

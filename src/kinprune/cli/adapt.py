@@ -92,7 +92,8 @@ def adapt_command(
         raise BudgetError(pruning.no_budget("--keep 0.1, --sizes 0.5,0.2,0.1"))
     begin(device, threads)
     from kinprune.adapt_plan import AdaptPlan
-    from kinprune.adaptation import adapt, check_goals, check_training_memory
+    from kinprune.adaptation import adapt
+    from kinprune.admission import check_goals, check_training_memory
     from kinprune.bank import open_bank
     from kinprune.bank.backbone import bank_space, load_bank_backbone
     from kinprune.publishing import check_alternatives, plan_destination, publish, size_folders
