@@ -39,7 +39,12 @@ NAMES = {"vit": "ViT-tiny", "mobile": "MobileNetV2", "cnn-cifar": "ResNet-18"}
 UNSEEN = {"vit-unseen": "ViT-tiny", "mobile-unseen": "MobileNetV2", "cnn-unseen": "ResNet-18"}
 SHARED = {"vit-all-classes": "ViT-tiny", "mobile-all-classes": "MobileNetV2", "cnn-all-classes": "ResNet-18"}
 """Protocols of tasks that share classes with the bank's."""
-SIZED = {"vit-broad": "ViT-tiny", "mobile-broad": "MobileNetV2", "cnn-cifar": "ResNet-18"}
+SIZED = {
+    "vit-broad": "ViT-tiny",
+    "mobile-broad": "MobileNetV2",
+    "cnn-cifar": "ResNet-18",
+    "cnn-stream": "ResNet-18, stream too",
+}
 """Protocols of several keep ratios."""
 PARTS = {
     "kin's units, backbone's weights": "kin",

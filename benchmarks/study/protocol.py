@@ -18,7 +18,8 @@ class BankSource:
 
     ``model``, ``weights`` (a file's name) and ``image_size`` are as ``load_backbone`` takes them; the ``tasks`` source
     tasks have ``classes`` classes of ``data`` with ``shots`` training images each, and none of those ``left_out``. One
-    more has all the other classes and is fine-tuned for ``broad_steps``; with 0 there is none.
+    more has all the other classes and is fine-tuned for ``broad_steps``; with 0 there is none. All are pruned to the
+    share ``keep`` of their units, with ``stream`` those of the residual stream too.
     """
 
     file: str
@@ -32,6 +33,8 @@ class BankSource:
     shots: int
     broad_steps: int
     left_out: tuple[str, ...]
+    keep: float = 0.1
+    stream: bool = False
 
 
 @dataclass(frozen=True)

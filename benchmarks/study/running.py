@@ -84,13 +84,14 @@ def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def open_or_build(protocol: Protocol, places: Places, workers: int = 1) -> Bank:
     """The protocol's bank, filled up to its number of source tasks; goes on where a build was stopped."""
     wanted, address = protocol.bank, places.banks / protocol.bank.file
+    plan = replace(SOURCE_PLAN, budget=kp.Budget(keep=wanted.keep), stream=wanted.stream)
     if not address.exists():
         places.banks.mkdir(parents=True, exist_ok=True)
         weights = places.weights / wanted.weights
         backbone = load_backbone(
             wanted.model, num_classes=wanted.classes, weights=weights, image_size=wanted.image_size
         )
-        create_bank(address, backbone, unit_space(backbone, SOURCE_PLAN))
+        create_bank(address, backbone, unit_space(backbone, plan), stream=wanted.stream)
     bank = open_bank(address)
     if len(bank) >= wanted.tasks + (wanted.broad_steps > 0):
         return bank
@@ -98,7 +99,7 @@ def open_or_build(protocol: Protocol, places: Places, workers: int = 1) -> Bank:
     kept = tuple(name for name in source.load().classes if name not in wanted.left_out)
     chosen = [replace(source, classes=kept)]
     broad = broaden(chosen, wanted.classes, wanted.broad_steps) if wanted.broad_steps else []
-    build(bank, broad + sample_sources(chosen, wanted.tasks, wanted.classes), workers=workers)
+    build(bank, broad + sample_sources(chosen, wanted.tasks, wanted.classes), plan, workers=workers)
     return bank
 
 
@@ -220,5 +221,6 @@ def _from_scratch(method: Mapping[str, Any], target: TargetTask, keep: float, st
     rounds, every = int(method["rounds"]), int(method["times"]) * steps
     between = every // (2 * rounds)
     recipe = Recipe(steps=every - between * (rounds - 1))
-    plan = kp.Plan(kp.Budget(keep=keep), rounds=rounds, round_steps=between, recipe=recipe)
+    stream = target.bank.header.stream
+    plan = kp.Plan(kp.Budget(keep=keep), rounds=rounds, round_steps=between, stream=stream, recipe=recipe)
     return prune(target.backbone, target.task, plan).final.accuracy

@@ -44,7 +44,8 @@ def begin(method: Mapping[str, Any], target: TargetTask, keep: float, sources: i
     if way == "adapt":
         return _adapted(method, target, keep, hidden(target.bank, method.get("hide"), sources), started)
     if way == "prune":
-        plan = kp.Plan(kp.Budget(keep=keep), recipe=Recipe(steps=0), **method["plan"])
+        stream = target.bank.header.stream
+        plan = kp.Plan(kp.Budget(keep=keep), stream=stream, recipe=Recipe(steps=0), **method["plan"])
         pruned = prune(target.backbone, target.task, plan)
         closed = pruned.closed_form
         return Start(pruned.model, closed.trainable, time.perf_counter() - started, _closed(closed))
