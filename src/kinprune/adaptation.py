@@ -16,7 +16,7 @@ from kinprune.admission import check_goals, check_task, check_training_memory
 from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Lessons, check_space, open_bank
 from kinprune.bank.backbone import bank_space, load_bank_backbone
-from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
+from kinprune.calibration import ClosedForm, Probe, can_judge, head_inputs, solve_probe
 from kinprune.devices.goal import Goal
 from kinprune.devices.settling import settle, time_model, timed_here
 from kinprune.election import Electorate, Trial, elect, pick
@@ -33,6 +33,9 @@ from kinprune.training import TrainingResult, fine_tune, hold_back
 from kinprune.transferability import Target
 from kinprune.units import Costs, Mask, UnitSpace, extract
 from kinprune.voting import Ballot, neighbour_weights
+
+BROAD = 2
+"""A neighbour of so many times the target's classes has learnt more than a kin of as many can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,24 +281,32 @@ class _Work:
                 head=self.backbone.head,
                 reconstruct=self.plan.reconstruct,
                 trained=bool(given),
+                intact=len(given) == 1 and given[0].mask == mask,
                 method=self.plan.head,
                 seed=self.plan.recipe.seed,
             )
         return _Start(trial.inherited, small, closed)
 
     def trials(self, neighbours: Sequence[Neighbour]) -> tuple[Trial, ...]:
-        """The ways that the plan leaves open."""
+        """The ways that the plan leaves open.
+
+        Where images are too few to tell (see ``can_judge``), one neighbour that is ``BROAD`` is taken as it is: so
+        few could only spoil it.
+        """
         plan, every = self.plan, tuple(range(len(neighbours)))
         if plan.inheritance != "auto":
             blends = (0.0, 1.0) if plan.blend is None else (plan.blend,)
             return tuple(Trial(every, blend, plan.inheritance) for blend in blends)
         kin = 0.0 if plan.blend is None else plan.blend
-        found = [Trial(every, kin, "average"), Trial(every, kin, "backbone")]
-        if plan.blend is None and plan.search.which == "nearest":
-            broadest = max(every, key=lambda place: len(neighbours[place].entry.classes))
-            found += [Trial((place,), 0.0, "nearest") for place in dict.fromkeys((0, broadest))]
-            found.append(Trial(every, 1.0, "backbone"))
-        return tuple(found)
+        kin_alone = (Trial(every, kin, "average"), Trial(every, kin, "backbone"))
+        if plan.blend is not None or plan.search.which != "nearest":
+            return kin_alone
+        counts = [len(neighbour.entry.classes) for neighbour in neighbours]
+        broadest, nearest = (Trial((place,), 0.0, "nearest") for place in (counts.index(max(counts)), 0))
+        classes = len(self.task.classes)
+        if max(counts) >= BROAD * classes and not can_judge(self.fit.labels, classes):
+            return (broadest,)
+        return tuple(dict.fromkeys((*kin_alone, nearest, broadest, Trial(every, 1.0, "backbone"))))
 
     def choose(
         self,

@@ -26,13 +26,15 @@ def repair(
     head: str,
     reconstruct: bool = True,
     trained: bool = False,
+    intact: bool = False,
     method: HeadMethod = "ridge",
     seed: int = 0,
 ) -> ClosedForm:
     """Bring ``small``, cut from ``whole`` by ``mask``, to its closed-form start on a split; see ``closed_form``.
 
     The classes are those that ``whole`` answers. ``trained`` says that the weights were trained after they were cut:
-    their batch norms are counted again, for the whole model's statistics are no longer their aim.
+    their batch norms are counted again, for the whole model's statistics are no longer their aim. ``intact`` says that
+    they were trained together, as they are.
     """
     return closed_form(
         small,
@@ -46,6 +48,7 @@ def repair(
         channels=None if trained else _channels(space, mask),
         method=method,
         seed=seed,
+        intact=intact,
     )
 
 

@@ -123,6 +123,25 @@ def test_the_broadest_neighbour_is_tried_alone_where_it_is_not_the_nearest(world
     assert starts == [5, 4]
 
 
+def test_few_images_take_a_broad_neighbour_as_it_is(world: World, tmp_path: Path) -> None:
+    """Two classes of eight images each: none can be spared to tell whether anything made of the others is good."""
+    bank = kp.create_bank(tmp_path / "bank.db", world.backbone, world.space)
+    source = Source(str(world.folder.parent / "known"))
+    build(bank, [source, *sample_sources([source], 3, 2)], PLAN)
+    (broad,) = (entry for entry in bank.entries() if len(entry.classes) == len(SOURCE_CLASSES))
+    task = kp.decode(kp.load_task(world.folder, classes=TARGET_CLASSES[:2]), world.backbone.preprocessing)
+    adapted = kp.adapt(
+        task, bank, [kp.Budget(keep=0.3), kp.Budget(keep=0.6)], replace(QUICK, recipe=kp.Recipe(steps=0))
+    )
+    assert [adapted.neighbours[place].entry.key for place in adapted.voters] == [broad.key]
+    taken, larger = adapted.sizes
+    assert taken.inherited == "nearest" and not taken.closed_form.layers
+    own, head = state_of(taken.model), f"{world.backbone.head}."
+    stored = {name: tensor for name, tensor in bank.tensors(broad).items() if not name.startswith(head)}
+    assert stored and all(torch.equal(own[name], tensor.to(own[name])) for name, tensor in stored.items())
+    assert larger.closed_form.layers  # it has units that its neighbour never trained
+
+
 def test_a_larger_model_takes_the_weights_that_suit_it(world: World) -> None:
     plan = replace(QUICK, inheritance="auto", blend=0.0, recipe=kp.Recipe(steps=0))
     for sized in kp.adapt(world.task, world.bank, [kp.Budget(keep=0.8), kp.Budget(keep=0.3)], plan).sizes:

@@ -647,6 +647,22 @@ def test_closed_form_with_one_image_a_class_keeps_the_reconstruction() -> None:
     assert evaluate(pruned, split, PREPROCESSING).accuracy == 1
 
 
+def test_so_few_images_leave_a_model_as_it_was_trained() -> None:
+    dense = model_of("test_resnet")
+    for shots, tried in ((1, False), (15, False), (16, True)):
+        pruned, layers = pruned_resnet(dense)
+        before = {name: tensor.clone() for name, tensor in pruned.state_dict().items() if not name.startswith("fc.")}
+        split = stripes(shots)
+        result = closed_form(
+            pruned, "fc", split.images, split.labels, 3, PREPROCESSING, dense=dense, layers=layers, intact=True
+        )
+        assert bool(result.layers) == tried and (result.head.accuracy is not None) == (shots > 1)
+        if not tried:
+            after = pruned.state_dict()
+            assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+            assert not result.reconstructed and result.batch_norms == 0 and result.trainable is None
+
+
 def test_real_weights_on_real_signs(shared: Path) -> None:
     """ViT-tiny at 96 px, 30 % of its MLP nodes, 10 images of each of 5 signs: far above chance without a step."""
     size = Preprocessing(image_size=(96, 96), mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -1,7 +1,7 @@
 """The closed-form start of an extracted model: what can be solved is solved before anything is trained."""
 
 from kinprune.calibration.batch_norm import batch_norms, frozen_batch_norm, is_folded, reestimate_batch_norm
-from kinprune.calibration.closed_form import ClosedForm, closed_form
+from kinprune.calibration.closed_form import ClosedForm, can_judge, closed_form
 from kinprune.calibration.head import HeadSolution, fit_head, head_inputs, solve_head
 from kinprune.calibration.probe import Probe, solve_probe
 from kinprune.calibration.reconstruction import LayerReconstruction, reconstruct
@@ -15,6 +15,7 @@ __all__ = [
     "Probe",
     "ReconstructionLayer",
     "batch_norms",
+    "can_judge",
     "closed_form",
     "describe_layers",
     "fit_head",

@@ -71,6 +71,7 @@ def closed_form(
     channels: Mapping[str, Sequence[int]] | None = None,
     method: HeadMethod = "ridge",
     seed: int = 0,
+    intact: bool = False,
 ) -> ClosedForm:
     """Bring an extracted model as far as it gets without a step: reconstruct, repair batch norm, solve the head.
 
@@ -79,9 +80,10 @@ def closed_form(
     done and left out in turn and the start of lowest leave-one-out cross-entropy of its head stays; where there is
     none (one image a class), that is the reconstructed one with the statistics it had. Up to half of the images, about
     ``JUDGES`` and the same number of each class, only judge: a reconstruction makes the features of its own images
-    look better than they are. Where a class has fewer than twice ``LEAST_JUDGES``, there are too few for that, and
-    all images do both. The head that stays is solved on all. ``images`` are uint8 ``[n, 3, h, w]`` and ``labels``
-    int64 ``[n]``: leave out those that are to guard a fine-tuning. Works in place.
+    look better than they are. Where a class has fewer than twice ``LEAST_JUDGES``, there are too few for that, and all
+    images do both (see ``can_judge``). Nothing but its head is then changed of a model that is ``intact``: that was
+    trained as it is. The head that stays is solved on all. ``images`` are uint8 ``[n, 3, h, w]`` and ``labels`` int64
+    ``[n]``: leave out those that are to guard a fine-tuning. Works in place.
     """
     check_labels(images, labels, num_classes)
     judges, builders = _parts(labels, num_classes, seed)
@@ -90,8 +92,9 @@ def closed_form(
     )
     solved: tuple[LayerReconstruction, ...] = ()
     original = _state(model)
-    starts = trial.starts(reconstructed=False)
-    if dense is not None and layers:
+    as_it_is = intact and not can_judge(labels, num_classes)
+    starts = [trial.start(0, False)] if as_it_is else trial.starts(reconstructed=False)
+    if dense is not None and layers and not as_it_is:
         _restore(model, original)
         with trial.timed("reconstruction"):
             solved = reconstruct(model, dense, layers, trial.made_of, preprocessing, seed=seed)
@@ -190,11 +193,16 @@ class _Trial:
         self.seconds[part] += perf_counter() - started
 
 
+def can_judge(labels: Tensor, num_classes: int) -> bool:
+    """Whether images are enough for some of them to do nothing but judge what was made of the others."""
+    return int(torch.bincount(labels, minlength=num_classes).min()) >= 2 * LEAST_JUDGES
+
+
 def _parts(labels: Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the images that judge and of those that starts are made of, drawn with ``seed``; see above."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = [order[labels[order] == label] for label in range(num_classes)]
-    if min(map(len, by_class)) < 2 * LEAST_JUDGES:
+    if not can_judge(labels, num_classes):
         every = torch.arange(len(labels))
         return every, every
     most = max(LEAST_JUDGES, -(-JUDGES // num_classes))
