@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from torch import nn
+from torch import Tensor, nn
 
 from kinprune.adapt_plan import AdaptPlan, Inheritance
 from kinprune.admission import check_goals, check_task, check_training_memory
 from kinprune.backbones import Backbone
 from kinprune.bank import Bank, Lessons, check_space, open_bank
 from kinprune.bank.backbone import bank_space, load_bank_backbone
-from kinprune.calibration import ClosedForm, Probe, can_judge, head_inputs, solve_probe
+from kinprune.calibration import ClosedForm, Probe, answers_of, can_judge, head_inputs, solve_probe
 from kinprune.devices.goal import Goal
 from kinprune.devices.settling import settle, time_model, timed_here
 from kinprune.election import Electorate, Trial, elect, pick
@@ -182,6 +182,7 @@ class _Work:
     dense: nn.Module
     target: Target
     probe: Probe
+    answers: Tensor | None
     seconds: dict[str, float]
 
     @contextmanager
@@ -359,7 +360,7 @@ class _Work:
                 self.plan.recipe,
                 device=self.device,
                 held_back=self.guard,
-                teacher=self.dense if self.plan.distil else None,
+                answers=self.answers,
                 begin=closed.trainable,
                 memory_limit=self.plan.train_memory,
                 on_step=None
@@ -401,7 +402,8 @@ def _begin(
         features = head_inputs(dense, backbone.head, fit.images, task.preprocessing)
         probe = solve_probe(dense, backbone.head, features, fit.labels, len(task.classes), method=plan.head)
     target = Target(features.float().numpy(), fit.labels.numpy(), len(task.classes))
-    work = _Work(task, bank, plan, backbone, space, device, on_step, fit, guard, dense, target, probe, seconds)
+    answers = answers_of(probe, features) if plan.distil else None
+    work = _Work(task, bank, plan, backbone, space, device, on_step, fit, guard, dense, target, probe, answers, seconds)
     return work, goals
 
 

@@ -57,8 +57,7 @@ def check_training_memory(backbone: Backbone, space: UnitSpace, goals: Sequence[
     for goal in goals:
         mask = select(space, np.zeros(len(space)), goal.budget, multiple=goal.multiple, costs=goal.costs).mask
         small = extract(backbone.model, space, mask)
-        teacher = backbone.model if plan.distil else None
-        least = least_limit(small, teacher, backbone.preprocessing, plan.recipe)
+        least = least_limit(small, None, backbone.preprocessing, plan.recipe)
         if plan.train_memory < NEARLY * least:
             raise TrainingError(
                 f"fine-tuning cannot stay below {byte_count(plan.train_memory)} of memory: even one image at a time, "

@@ -14,12 +14,11 @@ from time import perf_counter
 from typing import Any, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kinprune.backbones import Backbone
-from kinprune.calibration import ClosedForm, Probe, head_inputs, solve_probe
+from kinprune.calibration import ClosedForm, Probe, answers_of, head_inputs, solve_probe
 from kinprune.calibration.head import HeadMethod
 from kinprune.errors import BackboneError, BudgetError
 from kinprune.evaluation import Evaluation, evaluate, lay_out
@@ -40,7 +39,8 @@ class Plan:
 
     ``rounds`` 1 is one-shot; more remove a share each, geometrically, with ``round_steps`` steps of fine-tuning in
     between. ``score_images`` are read to score units, ``score_batch`` at a time. ``reconstruct`` lets the layers
-    behind removed units be solved again, ``distil`` the whole model teach the small one. ``recipe`` is the last
+    behind removed units be solved again, ``distil`` the whole model teach the small one, by what it answers to each
+    training image as it is. ``recipe`` is the last
     fine-tuning, and its seed the seed of everything.
     """
 
@@ -114,7 +114,6 @@ def prune(
     on_step: OnStep | None = None,
     train_memory: int | None = None,
     costs: CostFunctions | None = None,
-    quick: bool = False,
 ) -> Pruned:
     """Prune a backbone for one task under a plan; the backbone itself is not changed.
 
@@ -124,9 +123,6 @@ def prune(
     (``training.stopped``); earlier it ends the pruning. ``train_memory`` is the ``memory_limit`` of every fine-tuning,
     see ``fine_tune``. ``costs`` are what the budget's limits count in: the unit space's own where none are given, a
     device's (``devices.goal.DeviceCosts``) in its precision, and in milliseconds where it was profiled.
-
-    ``quick`` is faster and gives other numbers: the whole model, as teacher, answers each training image once, as it
-    is, and not each shifted view of it in each step (see ``answers`` of ``fine_tune``).
 
     Raises:
         BackboneError: the backbone answers another number of classes.
@@ -141,7 +137,7 @@ def prune(
     with _stage(seconds, "units"):
         space = unit_space(backbone, plan, image_size=task.preprocessing.image_size, costs=costs)
     shrinking = _Shrinking.begin(backbone, task, plan, space, device, on_step)
-    shrinking.train_memory, shrinking.quick = train_memory, quick
+    shrinking.train_memory = train_memory
     shrinking.costs = space.costs if costs is None else costs
     with _stage(seconds, "dense"):
         shrinking.tell("whole model")
@@ -218,14 +214,12 @@ class _Shrinking:
     space: UnitSpace
     model: nn.Module
     mask: Mask
-    teacher: nn.Module | None
     removed_in: NDArray[np.int64]
     scores: Scores
     selection: Selection | None = None
     repair: ClosedForm | None = None
     train_memory: int | None = None
     costs: CostFunctions | None = None
-    quick: bool = False
     answers: Tensor | None = None
 
     @classmethod
@@ -247,7 +241,6 @@ class _Shrinking:
             space,
             model,
             space.whole_mask(),
-            model if plan.distil else None,
             np.full(len(space), plan.rounds, dtype=np.int64),
             np.zeros(len(space)),
         )
@@ -259,8 +252,8 @@ class _Shrinking:
     def solve_dense_head(self) -> Probe:
         features = head_inputs(self.model, self.head, self.fit.images, self.preprocessing)
         probe = solve_probe(self.model, self.head, features, self.fit.labels, self.classes, method=self.plan.head)
-        if self.quick and self.teacher is not None:
-            self.answers = features.float() @ torch.from_numpy(probe.weights).T + torch.from_numpy(probe.biases)
+        if self.plan.distil:
+            self.answers = answers_of(probe, features)
         return probe
 
     def cut(self, number: int) -> None:
@@ -334,7 +327,6 @@ class _Shrinking:
             recipe,
             device=self.device,
             held_back=self.guard,
-            teacher=self.teacher if self.answers is None else None,
             answers=self.answers,
             begin=None if self.repair is None else self.repair.trainable,
             memory_limit=self.train_memory,

@@ -129,14 +129,14 @@ def test_build_runs_every_way_on_the_same_tasks_and_goes_on_where_it_stopped(
     capsys.readouterr()
     module.main(words, plan)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])["times_faster"]
-    assert len(told) == 6 and all(times > 0 for times in told.values())
+    assert len(told) == 3 and all(times > 0 for times in told.values())
     rows = json.loads(out.read_text())["rows"]
     assert rows[:2] == first and sorted(row["way"] for row in rows) == sorted(module.WAYS)
     # torch-pruning cut the same layers to the same widths.
     assert len({row["parameters"] for row in rows}) == 1
     assert all(0 <= row["accuracy"] <= 1 and row["processor"] > 0 for row in rows)
     page = out.with_suffix(".md").read_text()
-    assert "| resnet18 | cpu, 1 | kinprune, quick | plain, taught | 1 |" in page and "last steps" in page
+    assert "| resnet18 | cpu, 1 | plain, taught | 1 |" in page and "last steps" in page
 
 
 def test_stacked_models_take_a_step_together(

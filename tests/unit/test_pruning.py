@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
@@ -11,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from kinprune import pruning
 from kinprune.backbones import Backbone, load_backbone
 from kinprune.errors import BackboneError, BudgetError, TrainingError
+from kinprune.evaluation import logits
 from kinprune.importance import CRITERIA
 from kinprune.pruning import Plan, Pruned, prune, unit_space
 from kinprune.selection import Budget, select
-from kinprune.tasks import DecodedTask, decode, task_from_arrays
-from kinprune.training import Recipe, fine_tune
+from kinprune.tasks import DecodedTask, Split, decode, task_from_arrays
+from kinprune.training import Recipe, fine_tune, hold_back
 
 CLASSES = ("apple", "pear", "plum")
 PER_CLASS = 12
@@ -148,24 +150,29 @@ def test_the_same_seed_gives_the_same_and_the_global_state_is_left(
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_quick_pruning_does_not_ask_the_teacher_in_its_steps(
+def test_the_whole_model_teaches_by_what_it_answered_once(
     resnet: Backbone, task: DecodedTask, monkeypatch: pytest.MonkeyPatch, rounds: int
 ) -> None:
-    teachers: list[bool] = []
+    told: list[Tensor | None] = []
 
-    def note(model: nn.Module, *args: Any, **options: Any) -> Any:
-        teachers.append(options["teacher"] is not None)
-        return fine_tune(model, *args, **options)
+    def note(model: nn.Module, split: Split, *args: Any, **options: Any) -> Any:
+        assert "teacher" not in options
+        told.append(options["answers"])
+        return fine_tune(model, split, *args, **options)
 
     monkeypatch.setattr(pruning, "fine_tune", note)
-    found = [prune(resnet, task, plan(rounds=rounds, round_steps=2), quick=True) for _ in range(2)]
-    assert teachers == [False] * 2 * rounds
-    assert found[0].training.losses == found[1].training.losses and len(found[0].training.losses) == 4
-    alone = prune(resnet, task, plan(rounds=rounds, round_steps=2, distil=False), quick=True)
-    usual = prune(resnet, task, plan(rounds=rounds, round_steps=2))
-    assert len({each.training.losses for each in (found[0], alone, usual)}) == 3
-    assert teachers[2 * rounds :] == [False] * rounds + [True] * rounds
-    assert (usual.probe.weights == found[0].probe.weights).all()
+    taught = prune(resnet, task, plan(rounds=rounds, round_steps=2))
+    alone = prune(resnet, task, plan(rounds=rounds, round_steps=2, distil=False))
+    assert told[rounds:] == [None] * rounds and taught.training.losses != alone.training.losses
+    dense = copy.deepcopy(resnet.model)
+    fit, _ = hold_back(task.train, taught.plan.recipe.hold_back, taught.plan.recipe.seed)
+    layer = dense.get_submodule(resnet.head)
+    assert isinstance(layer, nn.Linear)
+    layer.weight.data, layer.bias.data = (
+        torch.from_numpy(part) for part in (taught.probe.weights, taught.probe.biases)
+    )
+    expected = logits(dense, fit.images, task.preprocessing)
+    assert all(one is not None and torch.allclose(one, expected, atol=1e-4) for one in told[:rounds])
 
 
 def test_another_seed_gives_another_model(resnet: Backbone, task: DecodedTask, once: Pruned) -> None:

@@ -3,7 +3,7 @@
 from kinprune.calibration.batch_norm import batch_norms, frozen_batch_norm, is_folded, reestimate_batch_norm
 from kinprune.calibration.closed_form import ClosedForm, can_judge, closed_form
 from kinprune.calibration.head import HeadSolution, fit_head, head_inputs, solve_head
-from kinprune.calibration.probe import Probe, solve_probe
+from kinprune.calibration.probe import Probe, answers_of, solve_probe
 from kinprune.calibration.reconstruction import LayerReconstruction, reconstruct
 from kinprune.calibration.residual import ReconstructionLayer, describe_layers
 from kinprune.calibration.statistics import match_batch_norm
@@ -14,6 +14,7 @@ __all__ = [
     "LayerReconstruction",
     "Probe",
     "ReconstructionLayer",
+    "answers_of",
     "batch_norms",
     "can_judge",
     "closed_form",

@@ -47,3 +47,8 @@ def solve_probe(
         means=(sums / counts.clamp_min(1).unsqueeze(1)).float().numpy(),
         counts=counts.numpy(),
     )
+
+
+def answers_of(probe: Probe, features: Tensor) -> Tensor:
+    """What the whole backbone with a probe for a head answers: float32 ``[n, c]`` from features ``[n, d]``."""
+    return features.float() @ torch.from_numpy(probe.weights).T + torch.from_numpy(probe.biases)
