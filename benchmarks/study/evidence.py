@@ -153,7 +153,7 @@ def _varied(rows: Rows, what: str, steps: int) -> str:
         chosen = [row for row in varied if all(row[key] in (None, 0.1) for key in others)]
         for value in sorted({row[what] for row in chosen}):
             here = [row for row in chosen if row[what] == value]
-            for method in dict.fromkeys(row["method"] for row in here):
+            for method in sorted(dict.fromkeys(row["method"] for row in here), key=lambda name: name != DEFAULT):
                 values = accuracies(here, method, steps)
                 lead = difference(accuracies(here, DEFAULT, steps), values) if method != DEFAULT else None
                 if values:
