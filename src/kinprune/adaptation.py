@@ -154,6 +154,10 @@ class _Start:
         """How well images that had no part in it are answered; equal where nothing can be said."""
         return self.closed_form.judged or 0.0
 
+    def surely_beats(self, other: _Start) -> bool:
+        """Whether images that had no part in either are surely answered better."""
+        return self.closed_form.judging.surely_beats(other.closed_form.judging)
+
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
@@ -289,10 +293,9 @@ class _Work:
         return _Start(trial.inherited, small, closed)
 
     def trials(self, neighbours: Sequence[Neighbour]) -> tuple[Trial, ...]:
-        """The ways that the plan leaves open.
+        """The ways that the plan leaves open; the first is a neighbour that is ``BROAD``, if there is one.
 
-        Where images are too few to tell (see ``can_judge``), one neighbour that is ``BROAD`` is taken as it is: so
-        few could only spoil it.
+        That is all where images are too few to tell (see ``can_judge``): so few could only spoil what it learnt.
         """
         plan, every = self.plan, tuple(range(len(neighbours)))
         if plan.inheritance != "auto":
@@ -304,10 +307,15 @@ class _Work:
             return kin_alone
         counts = [len(neighbour.entry.classes) for neighbour in neighbours]
         broadest, nearest = (Trial((place,), 0.0, "nearest") for place in (counts.index(max(counts)), 0))
-        classes = len(self.task.classes)
-        if max(counts) >= BROAD * classes and not can_judge(self.fit.labels, classes):
-            return (broadest,)
-        return tuple(dict.fromkeys((*kin_alone, nearest, broadest, Trial(every, 1.0, "backbone"))))
+        others = (*kin_alone, nearest, broadest, Trial(every, 1.0, "backbone"))
+        if not self.is_broad(neighbours[broadest.voters[0]]):
+            return tuple(dict.fromkeys(others))
+        enough = can_judge(self.fit.labels, len(self.task.classes))
+        return tuple(dict.fromkeys((broadest, *(others if enough else ()))))
+
+    def is_broad(self, neighbour: Neighbour) -> bool:
+        """Whether it has learnt more than a kin of as many classes as the target's can."""
+        return len(neighbour.entry.classes) >= BROAD * len(self.task.classes)
 
     def choose(
         self,
@@ -317,17 +325,25 @@ class _Work:
         donors: Sequence[Donor],
         goals: Sequence[Goal],
     ) -> _Choice:
-        """Of the ways that are open, the one whose smallest model answers best in closed form."""
+        """Of the ways that are open, the one whose smallest model answers best in closed form.
+
+        A broad neighbour gives way only to what is surely better: it is seldom worse, and images are few.
+        """
         trials = self.trials(neighbours)
         own = self.own_scores() if any(trial.blend for trial in trials) else None
+        broad = len(trials[0].voters) == 1 and self.is_broad(neighbours[trials[0].voters[0]])
+        first: _Choice | None = None
         best: _Choice | None = None
         for trial in trials:
             with self.stage("vote", "vote"):
                 ballots, selections = elect(self.space, Electorate(lessons, weights, own), trial, goals, self.plan)
             place = min(range(len(goals)), key=lambda number: selections[number].costs.parameters)
             start = self.begin(selections[place].mask, donors, trial)
-            if best is None or start.judged < best.start.judged:
-                best = _Choice(trial, ballots, selections, place, start)
+            choice = _Choice(trial, ballots, selections, place, start)
+            if first is None or best is None:
+                first = best = choice
+            elif start.judged < best.start.judged and (not broad or start.surely_beats(first.start)):
+                best = choice
         assert best is not None
         return best
 

@@ -142,6 +142,24 @@ def test_few_images_take_a_broad_neighbour_as_it_is(world: World, tmp_path: Path
     assert larger.closed_form.layers  # it has units that its neighbour never trained
 
 
+def test_a_broad_neighbour_gives_way_to_what_is_surely_better_alone(
+    world: World, tmp_path: Path, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = kp.create_bank(tmp_path / "bank.db", world.backbone, world.space)
+    source = Source(str(world.folder.parent / "known"))
+    build(bank, [source, *sample_sources([source], 3, 2)], PLAN)
+    folder = make_folder(tmp_path / "many", TARGET_CLASSES[:2], 24, 36)
+    task = kp.decode(kp.load_task(folder), world.backbone.preprocessing)
+    chosen = []
+    for sure in (0.0, 1e9):
+        monkeypatch.setattr("kinprune.calibration.head.SURE", sure)
+        adapted = kp.adapt(task, bank, kp.Budget(keep=0.3), replace(QUICK, recipe=kp.Recipe(steps=0)))
+        chosen.append((adapted.sizes[0].closed_form.judged, [adapted.neighbours[one] for one in adapted.voters]))
+    (free, _), (held, voters) = chosen
+    assert [len(voter.entry.classes) for voter in voters] == [len(SOURCE_CLASSES)]
+    assert free is not None and held is not None and free < held
+
+
 def test_a_larger_model_takes_the_weights_that_suit_it(world: World) -> None:
     plan = replace(QUICK, inheritance="auto", blend=0.0, recipe=kp.Recipe(steps=0))
     for sized in kp.adapt(world.task, world.bank, [kp.Budget(keep=0.8), kp.Budget(keep=0.3)], plan).sizes:

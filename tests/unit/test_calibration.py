@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -645,6 +646,22 @@ def test_closed_form_with_one_image_a_class_keeps_the_reconstruction() -> None:
     result = closed_form(pruned, "fc", split.images, split.labels, 3, PREPROCESSING, dense=dense, layers=layers)
     assert result.reconstructed and result.batch_norms == 0 and result.head.accuracy is None
     assert evaluate(pruned, split, PREPROCESSING).accuracy == 1
+
+
+def test_a_head_surely_beats_another_where_chance_seldom_would() -> None:
+    """A mean gain of 0.1 with a deviation of 0.2 over n images: two standard errors are 0.4 / root n."""
+    split = stripes(2)
+    solved = solve_head(model_of("test_resnet"), "fc", split.images, split.labels, 3, PREPROCESSING)
+    assert solved.losses.shape == (6,) and solved.loss == pytest.approx(float(solved.losses.mean()))
+    for images, sure in ((14, False), (18, True)):
+        sides = torch.tensor([1.0, -1.0] * (images // 2), dtype=torch.float64)
+        gains = 0.1 + 0.2 * sides / sides.std()
+        worse = replace(solved, losses=torch.ones(images, dtype=torch.float64))
+        better = replace(solved, losses=1 - gains)
+        assert better.surely_beats(worse) == sure
+        assert not worse.surely_beats(better) and not worse.surely_beats(worse)
+    nobody = replace(solved, losses=torch.empty(0, dtype=torch.float64))
+    assert not nobody.surely_beats(nobody)
 
 
 def test_so_few_images_leave_a_model_as_it_was_trained() -> None:

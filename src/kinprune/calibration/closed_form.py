@@ -28,12 +28,13 @@ LEAST_JUDGES = 8
 class ClosedForm:
     """What the closed-form start did, and the seconds each part took over all the starts that were tried.
 
-    ``head`` holds the leave-one-out accuracy and loss of the model as it was left, ``judged`` the loss on the images
-    that only judged (None where there is none), by which starts can be compared. ``reconstructed`` says whether the
-    reconstruction was kept, and ``layers`` what it did to each layer, kept or not; ``batch_norms`` is the number of
-    batch norms matched or counted again in the model as it was left. Where that is none of those that the model has,
-    ``trainable`` is the best start with its batch norm repaired, a state of the model: it answers worse now, but its
-    channels neither vanish nor saturate, so that training gets further from there.
+    ``head`` holds the leave-one-out accuracy and loss of the model as it was left, ``judging`` those on the images
+    that only judged, by which starts can be compared, and ``judged`` is their loss (None where there is none).
+    ``reconstructed`` says whether the reconstruction was kept, and ``layers`` what it did to each layer, kept or not;
+    ``batch_norms`` is the number of batch norms matched or counted again in the model as it was left. Where that is
+    none of those that the model has, ``trainable`` is the best start with its batch norm repaired, a state of the
+    model: it answers worse now, but its channels neither vanish nor saturate, so that training gets further from
+    there.
     """
 
     head: HeadSolution
@@ -43,8 +44,13 @@ class ClosedForm:
     seconds_reconstruction: float
     seconds_batch_norm: float
     seconds_head: float
-    judged: float | None = None
+    judging: HeadSolution
     trainable: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def judged(self) -> float | None:
+        """The loss by which starts can be compared."""
+        return self.judging.loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +87,10 @@ def closed_form(
     none (one image a class), that is the reconstructed one with the statistics it had. Up to half of the images, about
     ``JUDGES`` and the same number of each class, only judge: a reconstruction makes the features of its own images
     look better than they are. Where a class has fewer than twice ``LEAST_JUDGES``, there are too few for that, and all
-    images do both (see ``can_judge``). Nothing but its head is then changed of a model that is ``intact``: that was
-    trained as it is. The head that stays is solved on all. ``images`` are uint8 ``[n, 3, h, w]`` and ``labels`` int64
-    ``[n]``: leave out those that are to guard a fine-tuning. Works in place.
+    images do both (see ``can_judge``). Of a model that is ``intact``, trained as it is, nothing but its head is
+    changed then; and only what is surely better by the images that judge, where there are some. The head that stays is
+    solved on all. ``images`` are uint8 ``[n, 3, h, w]`` and ``labels`` int64 ``[n]``: leave out those that are to
+    guard a fine-tuning. Works in place.
     """
     check_labels(images, labels, num_classes)
     judges, builders = _parts(labels, num_classes, seed)
@@ -99,7 +106,8 @@ def closed_form(
         with trial.timed("reconstruction"):
             solved = reconstruct(model, dense, layers, trial.made_of, preprocessing, seed=seed)
         starts += trial.starts(reconstructed=True)
-    best = min(starts, key=_worth)
+    better = [start for start in starts if start.head.surely_beats(starts[0].head)] if intact else starts
+    best = min(better or starts[:1], key=_worth)
     trainable = None
     if not best.norms and any(start.norms for start in starts):
         trial.settle(min((start for start in starts if start.norms), key=_worth))
@@ -113,7 +121,7 @@ def closed_form(
         trial.seconds["reconstruction"],
         trial.seconds["batch_norm"],
         trial.seconds["head"],
-        best.head.loss,
+        best.head,
         trainable,
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ HeadMethod = Literal["ridge", "class-mean"]
 
 RIDGES = tuple(10.0**exponent for exponent in (-6, -5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 2))
 """Candidate penalties, as shares of the features' largest squared singular value."""
+SURE = 2.0
+"""Standard errors of a mean that chance alone seldom exceeds."""
 LONE_RIDGE = 0.1
 """The penalty where every class has a single image, so that leaving one out says nothing."""
 LONE_INVERSE_TEMPERATURE = 10.0
@@ -30,7 +33,8 @@ class HeadSolution:
 
     ``ridge`` is the penalty as a share of the largest squared singular value (None for class means), ``temperature``
     what the scores were divided by to become logits. ``accuracy`` and ``loss`` are leave-one-out estimates, balanced
-    over the classes with at least two images; None where there is no such class.
+    over the classes with at least two images; None where there is no such class. ``losses`` are those of each image of
+    these classes, float64 ``[m]``.
     """
 
     method: HeadMethod
@@ -39,6 +43,12 @@ class HeadSolution:
     accuracy: float | None
     loss: float | None
     images: int
+    losses: Tensor = field(compare=False, repr=False)
+
+    def surely_beats(self, other: HeadSolution) -> bool:
+        """Whether it answers the same images better than another, by more than ``SURE`` standard errors."""
+        gains = other.losses - self.losses
+        return len(gains) > 1 and float(gains.mean()) > SURE * float(gains.std()) / math.sqrt(len(gains))
 
 
 @torch.no_grad()
@@ -265,6 +275,7 @@ def _solution(
         accuracy=accuracy,
         loss=None if accuracy is None else loss,
         images=len(labels),
+        losses=functional.cross_entropy(inverse * left_out[~lone], labels[~lone], reduction="none"),
     )
 
 
