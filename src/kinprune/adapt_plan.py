@@ -31,10 +31,11 @@ class AdaptPlan:
     alone. Where both are left open, the nearest neighbour's units with its own weights are tried too, and those of the
     one with the most classes. What is tried is tried on the smallest model in closed form, and the best answers to
     images that had no part in it decide for all sizes; a larger model takes the backbone's weights where these answer
-    better. With fewer than 16 images of a class, none of which could be spared for that, a neighbour with twice the
-    target's classes or more is taken as it is. ``distil`` lets the whole model teach the small one, by what it answers
-    to each training image as it is. ``train_memory`` is the most bytes that fine-tuning may take, above what was taken
-    before it; None for no limit. ``recipe`` is the fine-tuning, and its seed the seed of everything.
+    better. A neighbour with twice the target's classes or more is left only for what is surely better by these images;
+    with fewer than 16 of a class none can be spared, and it is taken as it is. ``distil`` lets the whole model teach
+    the small one, by what it answers to each training image as it is. ``train_memory`` is the most bytes that
+    fine-tuning may take, above what was taken before it; None for no limit. ``recipe`` is the fine-tuning, and its
+    seed the seed of everything.
     """
 
     method: Method = "smsp"
