@@ -147,6 +147,23 @@ def test_a_build_that_was_killed_goes_on_and_the_cluster_is_free_for_it(
     assert weights_of(bank) == expected and claims(bank) == []
 
 
+def test_what_ray_complains_of_is_not_printed_among_results(
+    machines: Any, bank: Bank, images: str, builder: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    node = add(machines, 1)
+    try:
+        build(bank, builder.sources(images, 1), builder.PLAN, cluster=Cluster(machines.address))
+    finally:
+        machines.remove_node(node)
+    capsys.readouterr()
+    lost = {"lines": ["a machine was lost"], "pid": "raylet", "is_err": False}
+    ray._private.worker.print_to_stdstream(lost, ignore_prefix=False)
+    said = capsys.readouterr()
+    assert said.out == "" and "a machine was lost" in said.err
+
+
 def test_what_no_machine_has_is_refused(
     machines: Any, bank: Bank, images: str, builder: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

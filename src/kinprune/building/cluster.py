@@ -174,10 +174,25 @@ def _connect(ray: Any, address: str) -> None:
     if address == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options |= {"num_cpus": cores, "include_dashboard": False}
+    _complain_on_stderr(ray)
     try:
         ray.init(address=address, **options)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise _no_cluster(address, error) from error
+
+
+def _complain_on_stderr(ray: Any) -> None:
+    """Ray prints what goes wrong on a cluster, such as a machine's end, on standard output, where results belong."""
+    worker = ray._private.worker
+    printed = getattr(worker, "print_to_stdstream", None)
+    if printed is None or getattr(printed, "complains", False):  # another version's way, or done before
+        return
+
+    def complain(data: dict[str, Any], *given: Any, **more: Any) -> None:
+        printed({**data, "is_err": True}, *given, **more)
+
+    complain.complains = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = complain
 
 
 def _no_cluster(address: str, error: Exception) -> BankError:
