@@ -414,3 +414,17 @@ def test_ctrl_c_before_the_last_fine_tuning_writes_nothing(fruit: Path, tmp_path
     assert (code, stdout) == (130, "")
     assert "interrupted; nothing was written" in terminal and "Traceback" not in terminal
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_do_not_wait_in_circles_beside_others(given: dict[str, str], spins: str | None) -> None:
+    program = (
+        "import os, sys\nfrom kinprune.cli import main\nsys.argv = ['kinprune', '--version']\n"
+        "try:\n    main()\nfinally:\n    print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)\n"
+    )
+    plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ran = subprocess.run([sys.executable, "-c", program], env=plain | given, capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1] == f"{spins} False", ran.stderr
