@@ -40,8 +40,7 @@ class Plan:
     ``rounds`` 1 is one-shot; more remove a share each, geometrically, with ``round_steps`` steps of fine-tuning in
     between. ``score_images`` are read to score units, ``score_batch`` at a time. ``reconstruct`` lets the layers
     behind removed units be solved again, ``distil`` the whole model teach the small one, by what it answers to each
-    training image as it is. ``recipe`` is the last
-    fine-tuning, and its seed the seed of everything.
+    training image as it is. ``recipe`` is the last fine-tuning, and its seed the seed of everything.
     """
 
     budget: Budget

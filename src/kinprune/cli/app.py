@@ -58,8 +58,7 @@ def _root(
 
 SPINS = "1000"
 """How often threads look for work before they sleep. Alone it makes no difference; beside another program on the same
-cores OpenMP's usual 300,000 let threads that have nothing to do keep those from running that have: five to ten times as
-long, or more."""
+cores OpenMP's usual 300,000 let idle threads keep busy ones from running, and all takes many times as long."""
 
 
 def main() -> None:
